@@ -1,0 +1,82 @@
+"""Random views of a batch of images, drawn per image and applied in one resampling on the images' device.
+
+Ours, because library transforms work on one image at a time from Python and draw from the global generator: on
+small images they cost more than the network, and their draws can't be named.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+
+class AugmentationSettings(BaseModel):
+    """How training images vary. The published set-up is ``crop_scale: 0.05, flip: true``; all zero shows them as is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    crop_scale: float = Field(1.0, gt=0, le=1, description="smallest area of a random resized crop, as a share")
+    crop_ratio: float = Field(4 / 3, ge=1, le=4, description="largest aspect ratio of the crop")
+    flip: bool = Field(False, description="mirror half of the images")
+    rotation: float = Field(0.0, ge=0, le=180, description="largest rotation, degrees either way")
+    shear: float = Field(0.0, ge=0, le=45, description="largest shear, degrees either way")
+    zoom: float = Field(0.0, ge=0, lt=1, description="size varies by this share either way")
+    shift: float = Field(0.0, ge=0, lt=1, description="largest shift, share of the image's side")
+
+
+def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+def _crop(count: int, settings: AugmentationSettings, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Half-widths and centres of the crops in the image's [-1, 1] coordinates, as RandomResizedCrop draws them."""
+    area = _uniform(count, settings.crop_scale, 1.0, generator)
+    log_ratio = math.log(settings.crop_ratio)
+    ratio = torch.exp(_uniform(count, -log_ratio, log_ratio, generator))
+    width = (area * ratio).sqrt().clamp_max(1)
+    height = (area / ratio).sqrt().clamp_max(1)
+    centre_x = (1 - width) * _uniform(count, -1, 1, generator)
+    centre_y = (1 - height) * _uniform(count, -1, 1, generator)
+    return width, height, centre_x, centre_y
+
+
+def augment(
+    images_BCHW: Tensor, settings: AugmentationSettings, generator: torch.Generator, fill: float = 0.0
+) -> Tensor:
+    """One random view of each image.
+
+    Args:
+        images_BCHW: (B, C, H, W) float.
+        settings: which changes, and how far.
+        generator: a CPU generator; the same draws whatever the device.
+        fill: value beyond the border (crops never leave the image).
+
+    Returns:
+        (B, C, H, W), bilinear.
+    """
+    if settings == AugmentationSettings():
+        return images_BCHW
+    count = len(images_BCHW)
+    width, height, shift_x, shift_y = _crop(count, settings, generator)
+    angle = torch.deg2rad(_uniform(count, -settings.rotation, settings.rotation, generator))
+    shear = torch.tan(torch.deg2rad(_uniform(count, -settings.shear, settings.shear, generator)))
+    zoom = 1 + _uniform(count, -settings.zoom, settings.zoom, generator)
+    shift_x = shift_x + 2 * _uniform(count, -settings.shift, settings.shift, generator)
+    shift_y = shift_y + 2 * _uniform(count, -settings.shift, settings.shift, generator)
+    mirror = torch.ones(count)
+    if settings.flip:
+        mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -mirror, mirror)
+    cos, sin = angle.cos() / zoom, angle.sin() / zoom
+    theta = torch.stack(
+        [
+            torch.stack([mirror * width * cos, width * (shear * cos - sin), shift_x], dim=1),
+            torch.stack([mirror * height * sin, height * (shear * sin + cos), shift_y], dim=1),
+        ],
+        dim=1,
+    ).to(images_BCHW)
+    grid = F.affine_grid(theta, list(images_BCHW.shape), align_corners=False)
+    return F.grid_sample(images_BCHW - fill, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + fill

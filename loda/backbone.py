@@ -1,0 +1,261 @@
+"""Frozen timm backbones: built by name or from a local file, adapted at named linear layers, restored bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from loda.branch import BranchedLinear, attach, detach
+from loda.errors import ConfigError
+from loda.seeds import derive_seed
+from loda.vision import timm
+
+BUNDLED = "alphabet_vit"
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What images the backbone takes: square side in pixels, channels, and the normalisation per channel."""
+
+    image_size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Backbone:
+    """A frozen vision transformer whose class-token feature is read, and whose target layers are adapted.
+
+    Args:
+        model: a timm model with ``num_classes=0``; it is put into eval mode and frozen.
+        target: suffixes of the names of the linear layers to adapt.
+        inputs: what images it takes.
+        config: how to build it again with plain timm: ``architecture`` and ``options``.
+        device: where it lives.
+
+    Raises:
+        ConfigError: no linear layer has one of the suffixes.
+    """
+
+    def __init__(
+        self, model: nn.Module, target: Sequence[str], inputs: InputSpec, config: dict[str, Any], device: str = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        self.inputs = inputs
+        self.config = config
+        self.layers = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and any(name == t or name.endswith("." + t) for t in target)
+        ]
+        linear = sorted({".".join(n.split(".")[-2:]) for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        unmatched = [t for t in target if not any(n == t or n.endswith("." + t) for n in self.layers)]
+        if unmatched:
+            raise ConfigError(f"backbone.target: no linear layer ends in {unmatched}; this backbone has {linear}")
+        self.original = {name: self._linear(name).weight.detach().clone() for name in self.layers}
+        self.attached: dict[str, BranchedLinear] = {}
+        self.layers_by_width: dict[int, tuple[str, ...]] = {}
+        for name in self.layers:
+            width = self._linear(name).in_features
+            self.layers_by_width[width] = (*self.layers_by_width.get(width, ()), name)
+        self.feature_width = int(getattr(model, "num_features", 0))
+        self.digest = self._digest()
+        self._mean = torch.tensor(inputs.mean, device=self.device).view(1, -1, 1, 1)
+        self._std = torch.tensor(inputs.std, device=self.device).view(1, -1, 1, 1)
+
+    def _linear(self, name: str) -> nn.Linear:
+        module = self.model.get_submodule(name)
+        return module.base if isinstance(module, BranchedLinear) else module  # type: ignore[return-value]
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """(d_in, d_out) of each adapted layer."""
+        return {name: (self._linear(name).in_features, self._linear(name).out_features) for name in self.layers}
+
+    def normalize(self, images_BCHW: Tensor) -> Tensor:
+        """Float images in [0, 1] as the backbone wants them."""
+        return (images_BCHW - self._mean) / self._std
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """(B, D) features after the final norm, of normalised images."""
+        return self.model(images_BCHW)
+
+    def load_merges(self, merges: Sequence[Mapping[str, Tensor]]) -> None:
+        """Set the adapted weights to ``W_0 + Σ up @ down``, summed task after task so that the bits never depend on
+        where a run was taken up."""
+        with torch.no_grad():
+            for name in self.layers:
+                weight = self.original[name].clone()
+                for factors in merges:
+                    if f"{name}.up" in factors:
+                        weight += factors[f"{name}.up"].to(self.device) @ factors[f"{name}.down"].to(self.device)
+                self._linear(name).weight.copy_(weight)
+
+    def attach(self) -> None:
+        """Put branch holders on all target layers."""
+        self.detach()
+        self.attached = attach(self.model, self.layers)
+
+    def detach(self) -> None:
+        """Take all branches off; the backbone is plain again."""
+        detach(self.model, self.attached)
+        self.attached = {}
+
+    def branch_tensors(self) -> dict[str, Tensor]:
+        """Every branch tensor, as ``<layer>/<branch>/<down|up>``."""
+        return {
+            f"{layer}/{name}/{part}": getattr(branch, part).detach()
+            for layer, branched in self.attached.items()
+            for name, branch in branched.branches.items()
+            for part in ("down", "up")
+        }
+
+    def attach_tensors(self, tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
+        """Attach trained branches again, from :meth:`branch_tensors` and the branches' scales by name."""
+        self.attach()
+        for key in tensors:
+            layer, name, part = key.split("/")
+            if part == "down":
+                up_Or = tensors[f"{layer}/{name}/up"]
+                self.attached[layer].add(name, tensors[key], up_Or, scale=scales[name], train_down=False)
+
+    def branch_scales(self) -> dict[str, float]:
+        """γ by branch name (the same in all layers)."""
+        return {
+            name: float(branch.scale) for linear in self.attached.values() for name, branch in linear.branches.items()
+        }
+
+
+def _bundled_config() -> dict[str, Any]:
+    return json.loads((resources.files("loda") / "bundled" / f"{BUNDLED}.json").read_text(encoding="utf-8"))
+
+
+def _checked_load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    own = model.state_dict()
+    state = {name: tensor.float() for name, tensor in state.items() if not name.startswith(("head.", "fc_norm_head."))}
+    missing = sorted(set(own) - set(state))
+    unknown = sorted(set(state) - set(own))
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in sorted(set(own) & set(state))
+        if state[name].shape != own[name].shape
+    ]
+    found = []
+    if missing:
+        found.append(f"{len(missing)} tensors missing (first: {missing[0]})")
+    if unknown:
+        found.append(f"{len(unknown)} tensors unknown to the model (first: {unknown[0]})")
+    found += shapes[:3]
+    if found:
+        raise ConfigError(f"backbone.weights: {source} doesn't fit the backbone: {'; '.join(found)}")
+    model.load_state_dict(state)
+
+
+def build_backbone(
+    name: str = BUNDLED,
+    weights: str | None = None,
+    pretrained: bool = False,
+    image_size: int | None = None,
+    normalization: str = "backbone",
+    target: Sequence[str] = ("attn.qkv",),
+    options: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+) -> Backbone:
+    """A frozen backbone.
+
+    Args:
+        name: ``alphabet_vit`` (bundled) or any timm model name.
+        weights: a safetensors file with timm's keys; ``random`` for a seeded random start; None with
+            ``pretrained=True`` for timm's published weights.
+        image_size: side in pixels; None: the backbone's own. timm resizes position embeddings.
+        normalization: ``backbone`` (its config's mean and std) or ``none``.
+        target: suffixes of adapted layers.
+        options: further arguments of ``timm.create_model`` (or of VisionTransformer for ``alphabet_vit``).
+
+    Raises:
+        ConfigError: unknown name, no weights given, file missing or not fitting.
+    """
+    options = dict(options or {})
+    if name == BUNDLED:
+        config = _bundled_config()
+        architecture = {**config["architecture"], **options}
+        file = weights or str(resources.files("loda") / "bundled" / f"{BUNDLED}.safetensors")
+        model: nn.Module = timm.models.VisionTransformer(**architecture)
+        size = int(architecture["img_size"])
+        if image_size not in (None, size):
+            raise ConfigError(f"backbone.image_size: alphabet_vit takes {size} pixels, but got {image_size}")
+        inputs = InputSpec(size, int(architecture["in_chans"]), tuple(config["mean"]), tuple(config["std"]))
+        rebuild = {"architecture": "VisionTransformer", "options": architecture}
+        if file != "random":
+            _checked_load(model, _read_weights(file), file)
+    else:
+        model, inputs, rebuild = _timm_model(name, weights, pretrained, image_size, options)
+    if normalization == "none":
+        inputs = InputSpec(inputs.image_size, inputs.channels, (0.0,) * inputs.channels, (1.0,) * inputs.channels)
+    return Backbone(model, target, inputs, rebuild, device)
+
+
+def _read_weights(file: str) -> dict[str, Tensor]:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"backbone.weights: no file {file!r}; give a safetensors file with timm's tensor names")
+    try:
+        return load_file(path)
+    except Exception as error:
+        raise ConfigError(f"backbone.weights: {file!r} is not a readable safetensors file ({error})") from error
+
+
+def _timm_model(
+    name: str, weights: str | None, pretrained: bool, image_size: int | None, options: dict[str, Any]
+) -> tuple[nn.Module, InputSpec, dict[str, Any]]:
+    if not timm.is_model(name.split(".")[0]):
+        near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3]
+        raise ConfigError(f"backbone.name: timm has no model {name!r}; near: {', '.join(near) or 'see timm.list_models()'}")
+    if weights is None and not pretrained:
+        raise ConfigError(
+            f"backbone.weights: {name} needs weights; set backbone.weights to a safetensors file, "
+            "backbone.pretrained to true (timm downloads them), or backbone.weights to 'random'"
+        )
+    if image_size is not None:
+        options["img_size"] = image_size
+    build: dict[str, Any] = {"num_classes": 0, **options}
+    try:
+        if weights == "random":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(0, "random backbone", name))
+                model = timm.create_model(name, **build)
+        elif weights is None:
+            model = timm.create_model(name, pretrained=True, **build)
+        else:
+            file = str(Path(weights).expanduser())
+            state = _read_weights(file)
+            own_size = timm.create_model(name, **{**build, "img_size": None} if "img_size" in build else build)
+            _checked_load(own_size, state, file)
+            # timm's own loader resizes the position embedding to another image size.
+            overlay = {"file": file}
+            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **build)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"backbone.name: timm could not build {name!r} with {build}: {error}") from error
+    data = timm.data.resolve_model_data_config(model)
+    channels, side, _ = data["input_size"]
+    inputs = InputSpec(image_size or int(side), int(channels), tuple(data["mean"]), tuple(data["std"]))
+    return model.float(), inputs, {"architecture": name, "options": {k: v for k, v in build.items() if k != "num_classes"}}

@@ -1,0 +1,78 @@
+"""Sequential LoRA: one pair (A, B), trained on task after task with nothing to protect the old ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from loda.backbone import Backbone
+from loda.methods.base import Method, MethodSettings, Observation
+from loda.seeds import generator
+
+
+class SequentialSettings(MethodSettings):
+    """LoRA with PEFT's start: A uniform in ±1/√d_in, B zero."""
+
+    name: Literal["sequential"] = "sequential"
+    rank: PositiveInt = Field(16, description="as many directions as LoDA's two branches of 8")
+    scale: PositiveFloat = Field(1.0, description="α / r")
+    start_seed: int = Field(0, ge=0)
+
+
+class Sequential(Method):
+    """The usual lower bound: A and B at the start of a task equal those at the end of the task before.
+
+    Its weights are always ``W_0 + scale · B A`` with the newest pair, never a sum over tasks.
+    """
+
+    name = "sequential"
+    summary = "one LoRA pair, warm-started from task to task"
+    source = "Hu et al. 2022, LoRA (arXiv 2106.09685), trained sequentially"
+    Settings = SequentialSettings
+
+    settings: SequentialSettings
+
+    def __init__(self, settings: SequentialSettings) -> None:
+        super().__init__(settings)
+        self.pair: dict[str, Tensor] = {}
+
+    def problems(self, widths: Mapping[str, tuple[int, int]]) -> list[str]:
+        layer, width = min(((name, min(size)) for name, size in widths.items()), key=lambda item: item[1])
+        if self.settings.rank <= width:
+            return []
+        return [f"method.rank: {self.settings.rank} exceeds the width {width} of layer {layer!r}; use at most {width}"]
+
+    def begin_task(self, model: Backbone, observation: Observation) -> None:
+        model.attach()
+        for name, branched in model.attached.items():
+            if self.pair:
+                down_rD, up_Or = self.pair[f"{name}.down"], self.pair[f"{name}.up"]
+            else:
+                width = branched.base.in_features
+                draws = generator(self.settings.start_seed, "lora start", name)
+                down_rD = (torch.rand(self.settings.rank, width, generator=draws) * 2 - 1) / width**0.5
+                up_Or = None
+            branched.add("lora", down_rD, up_Or, scale=self.settings.scale, train_down=True)
+
+    def merged(self, model: Backbone, observation: Observation, adapted: Any) -> dict[str, Tensor]:
+        for name, branched in model.attached.items():
+            branch = branched.branches["lora"]
+            self.pair[f"{name}.down"] = branch.down.detach().clone()
+            self.pair[f"{name}.up"] = branch.up.detach().clone()
+        return super().merged(model, observation, adapted)
+
+    def weights_at_rest(self, factors: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
+        return factors[-1:]
+
+    def weights_in_training(self, factors: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
+        return ()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return self.pair
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], model: Backbone) -> None:
+        self.pair = {name: tensor.to(model.device) for name, tensor in tensors.items()}

@@ -1,0 +1,266 @@
+"""One task, seven steps, in four cached parts: observe; adapt; consolidate; evaluate (He et al. 2026).
+
+Each part is a pure function of the artifacts it reads and of the settings in its key (``loda.graph``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loda.alignment import align_classifier
+from loda.classifier import ClassStatistics, drift_map, linear_classifier
+from loda.errors import StageError
+from loda.graph import StepNode, classifier_choice, stage_classes
+from loda.head import CosineHead, random_head_weight
+from loda.methods import build_method
+from loda.methods.base import Method, Observation
+from loda.moments import LayerMoments
+from loda.seeds import generator
+from loda.state import Artifact
+from loda.training import EpochCallback, train_task, trainable_parameters
+from loda.workbench import Workbench, memory_tensors, merge_factors
+
+Chain = Sequence[Artifact]
+
+
+def run_step(
+    bench: Workbench, node: StepNode, artifacts: dict[str, Artifact], on_epoch: EpochCallback | None = None
+) -> Artifact:
+    """Compute one step from the artifacts that it reads.
+
+    Args:
+        bench: the process's backbone and data.
+        node: what to compute.
+        artifacts: at least those of ``node.reads``, by key.
+        on_epoch: called after each epoch of training with (done, total).
+
+    Raises:
+        StageError: training diverged, or an image can't be decoded; names the stage.
+    """
+    chain = [artifacts[key] for key in node.chain]
+    own = {step: artifacts[key] for step, key in node.inputs.items()}
+    started = time.perf_counter()
+    try:
+        if node.step == "observe":
+            tensors, meta = _observe(bench, node, chain)
+        elif node.step == "adapt":
+            tensors, meta = _adapt(bench, node, chain, own["observe"], on_epoch)
+        elif node.step == "consolidate":
+            tensors, meta = _consolidate(bench, node, chain, own["observe"], own["adapt"])
+        else:
+            tensors, meta = _evaluate(bench, node, chain, own["observe"], own["consolidate"])
+    except StageError as error:
+        names = " > ".join(bench.tasks[index].name for index in node.prefix)
+        raise StageError(f"{node.step} of stage {node.position + 1} ({names}): {error}") from error
+    finally:
+        bench.backbone.detach()
+    epoch_seconds = meta.pop("epoch_seconds", None)
+    timings = {"seconds": time.perf_counter() - started}
+    if epoch_seconds:
+        timings |= {f"epoch_{index + 1}": seconds for index, seconds in enumerate(epoch_seconds)}
+    return Artifact(tensors, {"step": node.step, "prefix": list(node.prefix)} | meta, timings)
+
+
+def _method_at(bench: Workbench, chain: Chain) -> Method:
+    method = build_method(bench.settings.method)
+    memory = memory_tensors(chain[-1]) if chain else {}
+    if memory:
+        method.load_state_tensors(memory, bench.backbone)
+    return method
+
+
+def _draw_names(bench: Workbench, node: StepNode) -> tuple[object, ...]:
+    return tuple(bench.tasks[index].classes for index in node.prefix)
+
+
+def _observe(bench: Workbench, node: StepNode, chain: Chain) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Step 1: the layers' second moments and the class features, with the backbone as it stands.
+
+    It reads no setting of the method but its weights so far: at the first task all trials of a sweep share it.
+    """
+    classes = stage_classes(bench.settings, bench.tasks, node.prefix)
+    rows = bench.indices(classes, "train")
+    bench.backbone.load_merges(_method_at(bench, chain).weights_at_rest([merge_factors(a) for a in chain]))
+    features_ND, moments = bench.pass_over(bench.images(rows), record_moments=True)
+    assert moments is not None
+    return {"features": features_ND} | moments.packed(), {"images": len(rows)}
+
+
+def _observation(bench: Workbench, node: StepNode, observed: Artifact) -> Observation:
+    moments = LayerMoments.unpacked(bench.backbone.layers_by_width, observed.tensors)
+    return Observation(moments.to(bench.backbone.device), node.position)
+
+
+def _adapt(
+    bench: Workbench, node: StepNode, chain: Chain, observed: Artifact, on_epoch: EpochCallback | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Steps 2 and 3: decompose, attach the branches, train them with the current task's head."""
+    settings, backbone = bench.settings, bench.backbone
+    method = _method_at(bench, chain)
+    if not method.trains:
+        return {}, {}
+    classes = stage_classes(settings, bench.tasks, node.prefix)
+    rows = bench.indices(classes, "train")
+    labels_N = bench.labels(rows, classes)
+    backbone.load_merges(method.weights_in_training([merge_factors(a) for a in chain]))
+    method.begin_task(backbone, _observation(bench, node, observed))
+    names = _draw_names(bench, node)
+    if settings.head.start == "class_means":
+        statistics = ClassStatistics.of(observed.tensors["features"], labels_N, len(classes))
+        start_CD = F.normalize(statistics.means_CD, dim=-1)
+    else:
+        draws = generator(settings.training.seed, "head", *names)
+        start_CD = random_head_weight(len(classes), backbone.feature_width, draws)
+    head = CosineHead(start_CD).to(backbone.device)
+    trainable = sum(parameter.numel() for parameter in trainable_parameters(backbone))
+    log = train_task(
+        backbone,
+        method,
+        head,
+        bench.images(rows),
+        labels_N,
+        settings.training,
+        settings.head,
+        names,
+        bench.group,
+        on_epoch,
+    )
+    tensors = {f"branch/{name}": tensor for name, tensor in backbone.branch_tensors().items()}
+    tensors["head"] = head.weight.detach()
+    meta = {"losses": log.losses, "scales": backbone.branch_scales(), "trainable_parameters": trainable}
+    return tensors, meta | {"facts": method.facts, "epoch_seconds": log.seconds}
+
+
+def _consolidate(
+    bench: Workbench, node: StepNode, chain: Chain, observed: Artifact, trained: Artifact
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Steps 4 to 7: re-observe, recalibrate, merge, remember; then the class statistics, and alignment if asked."""
+    settings, backbone = bench.settings, bench.backbone
+    method = _method_at(bench, chain)
+    classes = stage_classes(settings, bench.tasks, node.prefix)
+    rows = bench.indices(classes, "train")
+    images_NCHW, labels_N = bench.images(rows), bench.labels(rows, classes)
+    observation = _observation(bench, node, observed)
+    earlier = [merge_factors(artifact) for artifact in chain]
+    factors: dict[str, Tensor] = {}
+    features_ND = observed.tensors["features"]
+    if method.trains:
+        backbone.load_merges(method.weights_in_training(earlier))
+        branches = {n.removeprefix("branch/"): t for n, t in trained.tensors.items() if n.startswith("branch/")}
+        backbone.attach_tensors(branches, trained.meta["scales"])
+        adapted = None
+        if method.reobserves and node.position > 0:
+            _, adapted = bench.pass_over(images_NCHW, record_moments=True)
+        factors = method.merged(backbone, observation, adapted)
+        backbone.detach()
+        backbone.load_merges(method.weights_at_rest([*earlier, factors]))
+        features_ND, merged = bench.pass_over(images_NCHW, record_moments=method.remembers_moments)
+        method.end_task(observation, adapted, merged)
+    head_CD = trained.tensors.get("head")
+    statistics = ClassStatistics.of(features_ND, labels_N, len(classes), per_class=settings.head.alignment)
+    if head_CD is None:
+        head_CD = F.normalize(statistics.means_CD, dim=-1)
+    sizes = [len(classes)]
+    if chain:
+        before = chain[-1]
+        old = _statistics(before)
+        if settings.head.drift == "linear" and method.trains:
+            old = old.transported(drift_map(observed.tensors["features"], features_ND, settings.head.drift_ridge))
+        statistics = old.joined(statistics)
+        head_CD = torch.cat([before.tensors["head"], head_CD])
+        sizes = [*before.meta["task_sizes"], *sizes]
+    if settings.head.alignment and chain:
+        draws = generator(settings.training.seed, "alignment", *_draw_names(bench, node))
+        head_CD = align_classifier(
+            head_CD,
+            statistics,
+            sizes,
+            draws,
+            samples=settings.head.alignment_samples,
+            epochs=settings.head.alignment_epochs,
+            logit_norm=settings.head.logit_norm,
+        )
+    tensors = {f"merge/{name}": tensor for name, tensor in factors.items()}
+    tensors |= {f"memory/{name}": tensor for name, tensor in method.state_tensors().items()}
+    tensors |= {
+        "head": head_CD,
+        "class_means": statistics.means_CD,
+        "class_counts": statistics.counts_C,
+        "class_scatter": statistics.scatter_DD,
+    }
+    if statistics.covariances_CDD is not None:
+        tensors["class_covariances"] = statistics.covariances_CDD
+    seen = [*(chain[-1].meta["classes"] if chain else []), *classes]
+    parent = chain[-1].digest if chain else bench.root_key
+    return tensors, {"classes": seen, "task_sizes": sizes, "parent_digest": parent, "facts": method.facts}
+
+
+def _statistics(state: Artifact) -> ClassStatistics:
+    tensors = state.tensors
+    return ClassStatistics(
+        tensors["class_means"], tensors["class_counts"], tensors["class_scatter"], tensors.get("class_covariances")
+    )
+
+
+def _evaluate(
+    bench: Workbench, node: StepNode, chain: Chain, observed: Artifact, state: Artifact
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Accuracy on every task seen so far, over all seen classes, no task id; and two probes for forward transfer."""
+    assert node.split is not None
+    settings, backbone = bench.settings, bench.backbone
+    method = build_method(settings.method)
+    kind: Any = classifier_choice(settings)
+    seen = state.meta["classes"]
+    weight_CD, bias_C = linear_classifier(kind, state.tensors["head"], _statistics(state), settings.head.shrinkage)
+    backbone.load_merges(method.weights_at_rest([merge_factors(a) for a in (*chain, state)]))
+    rows = bench.indices(seen, node.split)
+    labels_N = bench.labels(rows, seen)
+    features_ND, _ = bench.pass_over(bench.images(rows))
+    predicted_N = F.linear(features_ND, weight_CD, bias_C).argmax(-1)
+    right_N = predicted_N == labels_N
+    position_of = {label: index for index, label in enumerate(seen)}
+    correct, count = [], []
+    for index in node.prefix:
+        inside_N = torch.isin(labels_N, torch.tensor([position_of[label] for label in bench.tasks[index].classes]))
+        correct.append(int(right_N[inside_N].sum()))
+        count.append(int(inside_N.sum()))
+    meta: dict[str, Any] = {"split": node.split, "classifier": kind, "correct": correct, "count": count}
+    if not method.joint:
+        meta |= _forward_probes(bench, node, chain, observed, method)
+    return {"classifier.weight": weight_CD, "classifier.bias": bias_C}, meta
+
+
+def _forward_probes(
+    bench: Workbench, node: StepNode, chain: Chain, observed: Artifact, method: Method
+) -> dict[str, float]:
+    """In-task accuracy (%) of class means on this task before it is trained: with the earlier tasks' backbone, and frozen.
+
+    Their difference is the task's forward transfer. Ours: a head for unseen classes doesn't exist in
+    class-incremental learning, so class means of the task's own training images stand in for it.
+    """
+    assert node.split is not None
+    classes = bench.tasks[node.prefix[-1]].classes
+    train, scored = bench.indices(classes, "train"), bench.indices(classes, node.split)
+
+    def accuracy(train_features_ND: Tensor) -> float:
+        features_ND, _ = bench.pass_over(bench.images(scored))
+        means_CD = ClassStatistics.of(train_features_ND, bench.labels(train, classes), len(classes)).means_CD
+        predicted_N = F.linear(F.normalize(features_ND, dim=-1), F.normalize(means_CD, dim=-1)).argmax(-1)
+        return 100 * float((predicted_N == bench.labels(scored, classes)).double().mean())
+
+    bench.backbone.load_merges(method.weights_at_rest([merge_factors(a) for a in chain]))
+    before = accuracy(observed.tensors["features"])
+    if not chain or not method.trains:
+        return {"probe_before": before, "probe_frozen": before}
+    memo = (classes, node.split)
+    if memo not in bench.frozen_probes:
+        bench.backbone.load_merges([])
+        frozen_ND, _ = bench.pass_over(bench.images(train))
+        bench.frozen_probes[memo] = accuracy(frozen_ND)
+    return {"probe_before": before, "probe_frozen": bench.frozen_probes[memo]}

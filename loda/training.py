@@ -1,0 +1,135 @@
+"""The one training loop that all methods share."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loda.augment import augment
+from loda.backbone import Backbone
+from loda.distributed import WorkerGroup
+from loda.errors import StageError
+from loda.head import CosineHead, cosface_loss
+from loda.methods.base import Batch, Learner, Method
+from loda.seeds import generator
+from loda.settings import HeadSettings, TrainingSettings
+
+EpochCallback = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """Mean loss of each epoch, and the seconds that each took."""
+
+    losses: list[float]
+    seconds: list[float]
+
+
+def trainable_parameters(model: Backbone) -> list[Tensor]:
+    """The branch tensors that are trained, layer after layer."""
+    return [
+        parameter
+        for branched in model.attached.values()
+        for parameter in branched.branches.parameters()
+        if parameter.requires_grad
+    ]
+
+
+def train_task(
+    model: Backbone,
+    method: Method,
+    head: CosineHead,
+    images_NCHW: Tensor,
+    labels_N: Tensor,
+    training: TrainingSettings,
+    head_settings: HeadSettings,
+    draw_names: tuple[object, ...],
+    group: WorkerGroup,
+    on_epoch: EpochCallback | None = None,
+) -> TrainingLog:
+    """Train the attached branches and the task's head: SGD, learning rate cosine per epoch.
+
+    Args:
+        images_NCHW: uint8 training images of the task.
+        labels_N: 0-based within the task.
+        draw_names: what, beside ``training.seed``, names this task's random draws.
+        group: data-parallel workers; each computes its share of every batch (or half batch, under GAO), so the
+            batches are those of a single worker and gradients agree with its up to rounding.
+
+    Raises:
+        StageError: the loss is no longer finite.
+    """
+    branch_parameters = trainable_parameters(model)
+    head_parameters = list(head.parameters())
+    optimizer = torch.optim.SGD(
+        [
+            {"params": branch_parameters, "lr": training.lr},
+            {"params": head_parameters, "lr": training.head_lr or training.lr},
+        ],
+        lr=training.lr,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        foreach=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / training.epochs))
+    )
+    order_draws = generator(training.seed, "batches", *draw_names)
+    view_draws = generator(training.seed, "augmentation", *draw_names)
+    learner = Learner(
+        branch_parameters=branch_parameters,
+        head_parameters=head_parameters,
+        step=optimizer.step,
+        reduce_gradients=group.sum_,
+        generator=generator(training.seed, "method", *draw_names),
+    )
+    losses, seconds = [], []
+    for epoch in range(training.epochs):
+        started = time.perf_counter()
+        total, batches = 0.0, 0
+        for index_B in torch.randperm(len(labels_N), generator=order_draws).split(training.batch_size):
+            views_BCHW = augment(images_NCHW[index_B].to(model.device).float() / 255, training.augmentation, view_draws)
+            batch = _batch(model, head, model.normalize(views_BCHW), labels_N[index_B], head_settings, group)
+            loss = torch.tensor(method.training_step(learner, batch), dtype=torch.float64)
+            group.sum_([loss])
+            total += float(loss)
+            batches += 1
+            if not math.isfinite(total):
+                raise StageError(
+                    f"the loss is {float(loss)} in epoch {epoch + 1} of {training.epochs}, batch {batches}: training "
+                    "diverged; lower training.lr (or, for LoDA, method.rho_max)"
+                )
+        schedule.step()
+        losses.append(total / batches)
+        seconds.append(time.perf_counter() - started)
+        if on_epoch is not None:
+            on_epoch(epoch + 1, training.epochs)
+    return TrainingLog(losses, seconds)
+
+
+def _batch(
+    model: Backbone,
+    head: CosineHead,
+    inputs_BCHW: Tensor,
+    labels_B: Tensor,
+    settings: HeadSettings,
+    group: WorkerGroup,
+) -> Batch:
+    labels_B = labels_B.to(model.device)
+    parameters = [*trainable_parameters(model), *head.parameters()] if group.size > 1 else []
+
+    def loss_of(indices: Tensor) -> Tensor:
+        share = group.share(indices)
+        if len(share) == 0:  # more workers than images: an empty share still has a (zero) gradient to sum
+            return torch.stack([parameter.sum() for parameter in parameters]).sum() * 0
+        whole = len(share) == len(labels_B)
+        features = model.features(inputs_BCHW if whole else inputs_BCHW[share])
+        labels = labels_B if whole else labels_B[share]
+        return cosface_loss(head(features), labels, settings.scale, settings.margin) / len(indices)
+
+    return Batch(labels=labels_B, loss_of=loss_of)

@@ -1,0 +1,156 @@
+"""Everything that the stages of one run share in a process: backbone, images, tasks, splits, device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loda.backbone import Backbone, build_backbone
+from loda.datasets import ImageDataset, load_dataset
+from loda.distributed import WorkerGroup
+from loda.errors import ConfigError
+from loda.methods import build_method
+from loda.moments import LayerMoments, MomentRecorder
+from loda.settings import RunSettings
+from loda.state import Artifact
+from loda.stream import Task, partition_classes, split_indices
+
+# Part of every stage key: raise it when the shared numerics change.
+NUMERICS_VERSION = 1
+
+
+def canonical_digest(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+def resolve_device(name: str) -> str:
+    """``auto`` is the accelerator if there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("compute.device: 'cuda' asked for, but torch sees no CUDA device; use 'auto' or 'cpu'")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+@dataclass
+class Workbench:
+    """Built once a process by :func:`open_workbench`; stages set the backbone's weights as they need them."""
+
+    settings: RunSettings
+    dataset: ImageDataset
+    tasks: tuple[Task, ...]
+    splits: Mapping[str, np.ndarray]
+    backbone: Backbone
+    group: WorkerGroup
+    root_key: str
+    _decoded: dict[int, Tensor] = field(default_factory=dict)
+    frozen_probes: dict[tuple[Any, ...], float] = field(default_factory=dict)
+
+    def indices(self, classes: Sequence[int], split: str) -> np.ndarray:
+        """Rows of these classes in a split, in file order."""
+        rows = self.splits[split]
+        return rows[np.isin(self.dataset.labels[rows], classes)]
+
+    def images(self, rows: np.ndarray) -> Tensor:
+        """uint8 (n, C, S, S); each image is decoded once a process."""
+        missing = [int(row) for row in rows if int(row) not in self._decoded]
+        if missing:
+            inputs = self.backbone.inputs
+            batch = self.dataset.decode(np.asarray(missing), inputs.image_size, inputs.channels)
+            self._decoded.update(zip(missing, batch, strict=True))
+        return torch.stack([self._decoded[int(row)] for row in rows])
+
+    def labels(self, rows: np.ndarray, classes: Sequence[int]) -> Tensor:
+        """Positions in ``classes`` of the rows' labels, (n,) int64."""
+        position = {label: index for index, label in enumerate(classes)}
+        return torch.tensor([position[int(label)] for label in self.dataset.labels[rows]], dtype=torch.int64)
+
+    @torch.inference_mode()
+    def pass_over(self, images_NCHW: Tensor, record_moments: bool = False) -> tuple[Tensor, LayerMoments | None]:
+        """One forward pass without gradient: features (n, D) float32 on the CPU and, if asked, the layers' moments.
+
+        Workers take a share of each batch; sums and features are exchanged at the end.
+        """
+        backbone = self.backbone
+        recorder = None
+        if record_moments:
+            modules = {name: backbone.model.get_submodule(name) for name in backbone.layers}
+            recorder = MomentRecorder(modules, backbone.layers_by_width, backbone.device)
+        features_ND = torch.zeros(len(images_NCHW), backbone.feature_width, device=backbone.device)
+        try:
+            for batch in torch.arange(len(images_NCHW)).split(self.settings.compute.batch_size):
+                share = self.group.share(batch)
+                if len(share):
+                    inputs = backbone.normalize(images_NCHW[share].to(backbone.device).float() / 255)
+                    features_ND[share.to(backbone.device)] = backbone.features(inputs)
+        finally:
+            if recorder is not None:
+                recorder.close()
+        self.group.sum_([features_ND])
+        if recorder is None:
+            return features_ND.cpu(), None
+        for sums in recorder.sums.values():
+            self.group.sum_([sums.sums_LDD, sums.tokens_L])
+        return features_ND.cpu(), recorder.value()
+
+
+def merge_factors(artifact: Artifact) -> dict[str, Tensor]:
+    """What a consolidated task adds to the weights."""
+    return {name.removeprefix("merge/"): t for name, t in artifact.tensors.items() if name.startswith("merge/")}
+
+
+def memory_tensors(artifact: Artifact) -> dict[str, Tensor]:
+    """What the method remembers after a task."""
+    return {name.removeprefix("memory/"): t for name, t in artifact.tensors.items() if name.startswith("memory/")}
+
+
+def open_workbench(
+    settings: RunSettings, group: WorkerGroup | None = None, dataset: ImageDataset | None = None
+) -> Workbench:
+    """Load data and backbone and check that all settings fit together.
+
+    Sets the number of torch threads of this process, which is one of the settings.
+
+    Raises:
+        ConfigError: every problem found, at once.
+    """
+    group = group or WorkerGroup.current()
+    torch.set_num_threads(settings.compute.threads)
+    problems: list[str] = []
+    backbone, tasks = None, ()
+    try:
+        device = resolve_device(settings.compute.device)
+        backbone = build_backbone(**settings.backbone.model_dump(), device=device)
+        problems += build_method(settings.method).problems(backbone.widths)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        dataset = dataset or load_dataset(settings.stream.dataset)
+        stream = settings.stream
+        tasks = partition_classes(dataset, stream.tasks, stream.partition_seed, stream.partition)
+        splits = split_indices(dataset, stream.validation, stream.partition_seed)
+    except ConfigError as error:
+        problems += error.problems
+    if problems or backbone is None or dataset is None:
+        raise ConfigError(problems)
+    root = {
+        "numerics": NUMERICS_VERSION,
+        "backbone": backbone.digest,
+        "data": dataset.digest,
+        "inputs": vars(backbone.inputs),
+        "layers": backbone.layers,
+        "splits": canonical_digest([splits["train"].tolist(), splits["validation"].tolist()]),
+        "compute": {
+            "device": backbone.device.type,
+            "threads": settings.compute.threads,
+            "workers": group.size,
+            "batch": settings.compute.batch_size,
+        },
+    }
+    return Workbench(settings, dataset, tasks, splits, backbone, group, canonical_digest(root))

@@ -1,0 +1,1 @@
+"""The platform: stage graphs on Ray Train, searches by Ray Tune and Optuna, records in MLflow."""

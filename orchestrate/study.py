@@ -1,0 +1,207 @@
+"""The study file: everything that a study is, validated before any work starts."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from loda.errors import ConfigError
+from loda.settings import RunSettings, Section, Seed
+
+DEFAULT_STUDY = "alphabets"
+
+
+class OrderSettings(Section):
+    """Which task orders a search tunes on, and which disjoint ones the chosen setting is evaluated on."""
+
+    design: Literal["random", "all", "file"] = "random"
+    tune: PositiveInt = 3
+    evaluate: PositiveInt = 4
+    seed: int = Seed
+    file: str | None = Field(None, description="design: file; YAML or JSON with the lists 'tune' and 'evaluate'")
+
+
+class ObjectiveSettings(Section):
+    """What the search maximises: a metric of each order, and how orders are put together."""
+
+    metric: Literal["a_avg", "a_last", "a_last_macro"] = "a_avg"
+    across_orders: Literal["mean", "worst", "cvar", "mean_minus_std"] = "cvar"
+    alpha: float = Field(0.34, gt=0, le=1, description="cvar: share of the worst orders that is averaged")
+    k: NonNegativeFloat = Field(1.0, description="mean_minus_std: how many standard deviations are taken off")
+    multi: tuple[Literal["accuracy", "worst", "cost"], ...] | None = Field(
+        None, description="several objectives at once: mean accuracy, worst order, seconds of computing"
+    )
+
+
+class SearchSettings(Section):
+    """Optuna's search over a space of settings, each setting a Tune trial."""
+
+    space: str = Field("loda", description="a name in search_spaces/, or a YAML file")
+    trials: PositiveInt = 8
+    sampler: Literal["tpe", "random", "gp", "cmaes", "nsga2"] = "tpe"
+    seed: int = Seed
+    objective: ObjectiveSettings = ObjectiveSettings()
+    include_defaults: bool = Field(True, description="the study file's own setting is the first trial")
+
+
+class ResourceSettings(Section):
+    """Where and how the stages run; no result depends on it but through ``workers`` (rounding of sums)."""
+
+    executor: Literal["train", "inline"] = Field("train", description="a Ray Train worker group a trial, or inline")
+    workers: PositiveInt = Field(1, description="data-parallel workers of a trial")
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: NonNegativeFloat = 0
+    concurrent_trials: PositiveInt = 2
+    address: str | None = Field(None, description="a running Ray cluster; null: one is started on this machine")
+    object_store_mb: PositiveInt = Field(200, description="Ray's shared memory when started here")
+    store: str = Field("stages", description="folder or URI (s3://...) of finished stages, shared by studies")
+    runs: str = Field("runs", description="folder for results, one sub-folder a study")
+    max_failures: NonNegativeInt = Field(1, description="how often a trial's crashed workers are started again")
+
+
+class TrackingSettings(Section):
+    """MLflow."""
+
+    uri: str | None = Field(None, description="null: sqlite:///mlflow.db in the working directory")
+    experiment: str | None = Field(None, description="null: the study's name")
+    register_model: bool = True
+
+
+class Study(RunSettings):
+    """A study: the settings of a run, the orders it is judged on, and the search over settings."""
+
+    name: str = Field(DEFAULT_STUDY, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    orders: OrderSettings = OrderSettings()
+    search: SearchSettings = SearchSettings()
+    resources: ResourceSettings = ResourceSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _orders_file(self) -> Study:
+        if (self.orders.design == "file") != (self.orders.file is not None):
+            raise ValueError("orders.file: give a file with design: file, and only then")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain JSON types."""
+        return json.loads(self.model_dump_json())
+
+    def to_yaml(self) -> str:
+        """The resolved study file."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the results depend on: all but where and how it runs and is tracked."""
+        values = self.resolved()
+        for section in ("resources", "tracking"):
+            values.pop(section)
+        values["workers"] = self.resources.workers
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def with_values(self, values: Mapping[str, Any]) -> Study:
+        """A copy with settings replaced by key path, ``{"method.rank_general": 4}``, validated again.
+
+        Raises:
+            ConfigError: a path that doesn't exist, or a value that isn't allowed.
+        """
+        resolved = self.resolved()
+        for path, value in values.items():
+            *parents, leaf = path.split(".")
+            node = resolved
+            for parent in parents:
+                child = node.get(parent)
+                if not isinstance(child, dict):
+                    raise ConfigError(f"{path}: no such setting")
+                node = child
+            node[leaf] = value
+        return parse_study(resolved, "these settings")
+
+    def run_settings(self) -> RunSettings:
+        """Only what stages depend on."""
+        return RunSettings(**{key: getattr(self, key) for key in RunSettings.model_fields})
+
+
+def _known_keys(path: tuple[Any, ...], values: Any) -> list[str]:
+    """Valid keys of the section that ``path`` points into."""
+    model: Any = Study
+    section = values
+    for key in path[:-1]:
+        field = model.model_fields.get(key) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        section = section.get(key) if isinstance(section, Mapping) else None
+        if key == "method":
+            from loda.methods import registry
+
+            name = section.get("name", "loda") if isinstance(section, Mapping) else "loda"
+            model = registry()[name].Settings
+            continue
+        annotation = field.annotation if field is not None else None
+        model = annotation if isinstance(annotation, type) else None
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _sentences(error: ValidationError, values: Any, source: str) -> list[str]:
+    found = []
+    for problem in error.errors():
+        path = tuple(problem["loc"])
+        where = ".".join(str(part) for part in path)
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(path, values)
+            near = difflib.get_close_matches(str(path[-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            found.append(f"{source}: {where}: unknown key; {hint}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            got = "" if problem["type"] in ("value_error", "missing") else f", but got {problem['input']!r}"
+            found.append(f"{source}: {where + ': ' if where else ''}{message[0].lower() + message[1:]}{got}")
+    return found
+
+
+def parse_study(values: Any, source: str) -> Study:
+    """A study from plain values.
+
+    Raises:
+        ConfigError: every problem at once, each with its key path; unknown keys with the nearest valid name.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: expected a mapping of sections (name, stream, ...), but got {type(values).__name__}")
+    try:
+        return Study(**{str(key): value for key, value in values.items()})
+    except ValidationError as error:
+        raise ConfigError(_sentences(error, values, source)) from error
+
+
+def bundled_studies() -> list[str]:
+    """Names of the studies that come with the package."""
+    folder = resources.files("orchestrate") / "studies"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_study(source: str | Path | None = None) -> Study:
+    """A study file, or a bundled study by name; None is the default study.
+
+    Raises:
+        ConfigError: no such file or name, not YAML, or bad values (all at once).
+    """
+    name = str(source) if source is not None else DEFAULT_STUDY
+    path = Path(name)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif name in bundled_studies():
+        text = (resources.files("orchestrate") / "studies" / f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        known = ", ".join(bundled_studies())
+        raise ConfigError(f"no study file {name!r}; give a YAML file or one of the bundled studies ({known})")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML: {error}") from error
+    return parse_study(values if values is not None else {}, name)
