@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from importlib import resources
+import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from loda.run import load_run_settings, run_sequence
+from loda.run import run_sequence
 from loda.settings import RunSettings
+from orchestrate.study import load_study
 
 
 def with_method(
@@ -47,20 +48,15 @@ def measure(settings: RunSettings, rank: int, lr: float | None, epochs: int | No
     return measured
 
 
-def bundled_study() -> dict[str, Any]:
-    """The study that ``orchestrate sweep`` runs without a file."""
-    return yaml.safe_load((resources.files("orchestrate") / "studies" / "alphabets.yaml").read_text(encoding="utf-8"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, nargs="?", help="a study file; default: the bundled one")
+    parser.add_argument("study", nargs="?", help="a study file or a bundled study's name; default: the bundled one")
     parser.add_argument("--rank", type=int, default=32, help="of joint LoRA")
     parser.add_argument("--lr", type=float, default=0.1, help="of joint LoRA; 0: the study's")
     parser.add_argument("--epochs", type=int, help="of joint LoRA; default: the study's")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
     args = parser.parse_args()
-    settings = load_run_settings(args.study or bundled_study())
+    settings = load_study(args.study).run_settings()
     measured = measure(settings, args.rank, args.lr or None, args.epochs)
     (means, lda, joint) = (row["accuracy"] for row in measured.values())
     room = joint - max(means, lda)

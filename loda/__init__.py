@@ -16,9 +16,23 @@ _EXPORTS = {
     "run_sequence": "loda.run",
 }
 _MODULES = (
-    "alignment backbone branch classifier datasets energy gao head methods metrics moments recalibration "
-    "stage state stream subspace"
-).split()
+    "alignment",
+    "backbone",
+    "branch",
+    "classifier",
+    "datasets",
+    "energy",
+    "gao",
+    "head",
+    "methods",
+    "metrics",
+    "moments",
+    "recalibration",
+    "stage",
+    "state",
+    "stream",
+    "subspace",
+)
 
 __all__ = sorted([*_EXPORTS, *_MODULES])
 

@@ -10,14 +10,14 @@ import math
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from loda.strict import StrictModel
 
-class AugmentationSettings(BaseModel):
+
+class AugmentationSettings(StrictModel):
     """How training images vary. The published set-up is ``crop_scale: 0.05, flip: true``; all zero shows them as is."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     crop_scale: float = Field(1.0, gt=0, le=1, description="smallest area of a random resized crop, as a share")
     crop_ratio: float = Field(4 / 3, ge=1, le=4, description="largest aspect ratio of the crop")
@@ -26,6 +26,7 @@ class AugmentationSettings(BaseModel):
     shear: float = Field(0.0, ge=0, le=45, description="largest shear, degrees either way")
     zoom: float = Field(0.0, ge=0, lt=1, description="size varies by this share either way")
     shift: float = Field(0.0, ge=0, lt=1, description="largest shift, share of the image's side")
+    fill: float = Field(0.0, ge=0, le=1, description="brightness beyond the border: 0 black, 1 white (ink on paper)")
 
 
 def _uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -44,21 +45,18 @@ def _crop(count: int, settings: AugmentationSettings, generator: torch.Generator
     return width, height, centre_x, centre_y
 
 
-def augment(
-    images_BCHW: Tensor, settings: AugmentationSettings, generator: torch.Generator, fill: float = 0.0
-) -> Tensor:
+def augment(images_BCHW: Tensor, settings: AugmentationSettings, generator: torch.Generator) -> Tensor:
     """One random view of each image.
 
     Args:
-        images_BCHW: (B, C, H, W) float.
+        images_BCHW: (B, C, H, W) float in [0, 1].
         settings: which changes, and how far.
         generator: a CPU generator; the same draws whatever the device.
-        fill: value beyond the border (crops never leave the image).
 
     Returns:
         (B, C, H, W), bilinear.
     """
-    if settings == AugmentationSettings():
+    if settings == AugmentationSettings(fill=settings.fill):
         return images_BCHW
     count = len(images_BCHW)
     width, height, shift_x, shift_y = _crop(count, settings, generator)
@@ -79,4 +77,5 @@ def augment(
         dim=1,
     ).to(images_BCHW)
     grid = F.affine_grid(theta, list(images_BCHW.shape), align_corners=False)
-    return F.grid_sample(images_BCHW - fill, grid, mode="bilinear", padding_mode="zeros", align_corners=False) + fill
+    shifted_BCHW = images_BCHW - settings.fill  # what lies outside is sampled as zero
+    return F.grid_sample(shifted_BCHW, grid, padding_mode="zeros", align_corners=False) + settings.fill

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from loda.branch import BranchedLinear, attach, detach
 from loda.errors import ConfigError
 from loda.seeds import derive_seed
-from loda.vision import timm
+from loda.vision import resample_abs_pos_embed, timm
 
 BUNDLED = "alphabet_vit"
 
@@ -197,14 +197,20 @@ def build_backbone(
         config = _bundled_config()
         architecture = {**config["architecture"], **options}
         file = weights or str(resources.files("loda") / "bundled" / f"{BUNDLED}.safetensors")
+        patch = int(architecture["patch_size"])
+        size = image_size or int(architecture["img_size"])
+        if size % patch:
+            raise ConfigError(f"backbone.image_size: expected a multiple of the patch size {patch}, but got {size}")
+        architecture["img_size"] = size
         model: nn.Module = timm.models.VisionTransformer(**architecture)
-        size = int(architecture["img_size"])
-        if image_size not in (None, size):
-            raise ConfigError(f"backbone.image_size: alphabet_vit takes {size} pixels, but got {image_size}")
         inputs = InputSpec(size, int(architecture["in_chans"]), tuple(config["mean"]), tuple(config["std"]))
         rebuild = {"architecture": "VisionTransformer", "options": architecture}
         if file != "random":
-            _checked_load(model, _read_weights(file), file)
+            state = _read_weights(file)
+            if "pos_embed" in state:  # the published way to another image size: resample the position embedding
+                grid = [size // patch, size // patch]
+                state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"].float(), grid, num_prefix_tokens=1)
+            _checked_load(model, state, file)
     else:
         model, inputs, rebuild = _timm_model(name, weights, pretrained, image_size, options)
     if normalization == "none":
@@ -227,7 +233,8 @@ def _timm_model(
 ) -> tuple[nn.Module, InputSpec, dict[str, Any]]:
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3]
-        raise ConfigError(f"backbone.name: timm has no model {name!r}; near: {', '.join(near) or 'see timm.list_models()'}")
+        names = ", ".join(near) or "see timm.list_models()"
+        raise ConfigError(f"backbone.name: timm has no model {name!r}; near: {names}")
     if weights is None and not pretrained:
         raise ConfigError(
             f"backbone.weights: {name} needs weights; set backbone.weights to a safetensors file, "
@@ -258,4 +265,5 @@ def _timm_model(
     data = timm.data.resolve_model_data_config(model)
     channels, side, _ = data["input_size"]
     inputs = InputSpec(image_size or int(side), int(channels), tuple(data["mean"]), tuple(data["std"]))
-    return model.float(), inputs, {"architecture": name, "options": {k: v for k, v in build.items() if k != "num_classes"}}
+    kept = {key: value for key, value in build.items() if key != "num_classes"}
+    return model.float(), inputs, {"architecture": name, "options": kept}

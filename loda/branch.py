@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import ItemsView, ValuesView
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +31,16 @@ class Branch(nn.Module):
         return self.scale * (self.up @ self.down)
 
 
+class Branches(nn.ModuleDict):
+    """Branches by name."""
+
+    if TYPE_CHECKING:  # what ModuleDict returns, said more exactly
+
+        def __getitem__(self, key: str) -> Branch: ...
+        def values(self) -> ValuesView[Branch]: ...
+        def items(self) -> ItemsView[str, Branch]: ...
+
+
 class BranchedLinear(nn.Module):
     """A frozen linear layer with named branches: ``h = W x + Σ γ_k B_k A_k x``.
 
@@ -37,7 +50,7 @@ class BranchedLinear(nn.Module):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base
-        self.branches = nn.ModuleDict()
+        self.branches = Branches()
 
     def add(self, name: str, down_rD: Tensor, up_Or: Tensor | None = None, *, scale: float, train_down: bool) -> None:
         """Attach a branch; ``up`` starts at zero unless given."""
@@ -52,7 +65,8 @@ class BranchedLinear(nn.Module):
         if not branches:
             return base
         if len(branches) == 1:
-            down_rD, up_Or = branches[0].down, branches[0].scale * branches[0].up
+            down_rD: Tensor = branches[0].down
+            up_Or = branches[0].scale * branches[0].up
         else:
             down_rD = torch.cat([branch.down for branch in branches])
             up_Or = torch.cat([branch.scale * branch.up for branch in branches], dim=1)

@@ -29,8 +29,8 @@ def class_halves(labels_B: Tensor, generator: torch.Generator) -> tuple[Tensor, 
 
 
 def _move(parameters: Sequence[Tensor], gradients: Sequence[Tensor], rho: float, scale: RhoScale) -> None:
-    """Move each tensor by ``-ρ g/‖g‖``, in place: a descent move, since L₂(θ - ρĝ₁) ≈ L₂ - ρ ĝ₁·g₂ rewards agreement."""
-    norms = torch._foreach_norm(gradients)
+    """Move each tensor by ``-ρ g/‖g‖``, in place: a descent move; L₂(θ - ρĝ₁) ≈ L₂ - ρ ĝ₁·g₂ rewards agreement."""
+    norms = torch._foreach_norm(list(gradients))
     for parameter, gradient, norm in zip(parameters, gradients, norms, strict=True):
         # Published: the move has norm ρ. Ours ("relative"): norm ρ‖θ‖, so it shrinks with a small B.
         length = rho * parameter.norm() if scale == "relative" else torch.as_tensor(rho)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, SerializeAsAny, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny, field_validator
 
 from loda.augment import AugmentationSettings
 from loda.classifier import ClassifierKind
 from loda.methods import method_settings
 from loda.methods.base import MethodSettings
+from loda.strict import StrictModel
 
 Seed = Field(0, ge=0)
 
 
-class Section(BaseModel):
-    """One section of a study file: unknown keys are refused, values are fixed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class Section(StrictModel):
+    """One section of a study file."""
 
 
 class StreamSettings(Section):
@@ -25,7 +24,7 @@ class StreamSettings(Section):
 
     dataset: str = Field("alphabets", description="alphabets | parquet:PATH | a registered name")
     tasks: PositiveInt | None = Field(5, description="null: one task per natural group of the dataset")
-    partition: Literal["auto", "natural", "random"] = "auto"
+    partition: Literal["auto", "natural", "random", "published"] = "auto"
     validation: float = Field(0.2, ge=0, lt=1, description="share of each class's training images held out")
     partition_seed: int = Seed
 

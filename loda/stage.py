@@ -239,7 +239,7 @@ def _evaluate(
 def _forward_probes(
     bench: Workbench, node: StepNode, chain: Chain, observed: Artifact, method: Method
 ) -> dict[str, float]:
-    """In-task accuracy (%) of class means on this task before it is trained: with the earlier tasks' backbone, and frozen.
+    """In-task accuracy (%) of class means on a task before it is trained: with the earlier tasks' backbone, and frozen.
 
     Their difference is the task's forward transfer. Ours: a head for unseen classes doesn't exist in
     class-incremental learning, so class means of the task's own training images stand in for it.

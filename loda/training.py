@@ -65,7 +65,7 @@ def train_task(
         StageError: the loss is no longer finite.
     """
     branch_parameters = trainable_parameters(model)
-    head_parameters = list(head.parameters())
+    head_parameters: list[Tensor] = list(head.parameters())
     optimizer = torch.optim.SGD(
         [
             {"params": branch_parameters, "lr": training.lr},

@@ -40,5 +40,6 @@ def _declare_missing_operators() -> None:
 _declare_missing_operators()
 
 import timm  # noqa: E402
+from timm.layers import resample_abs_pos_embed  # noqa: E402
 
-__all__ = ["timm"]
+__all__ = ["resample_abs_pos_embed", "timm"]

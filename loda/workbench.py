@@ -28,7 +28,8 @@ NUMERICS_VERSION = 1
 
 def canonical_digest(value: Any) -> str:
     """SHA-256 of a JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def resolve_device(name: str) -> str:
@@ -123,7 +124,8 @@ def open_workbench(
     group = group or WorkerGroup.current()
     torch.set_num_threads(settings.compute.threads)
     problems: list[str] = []
-    backbone, tasks = None, ()
+    backbone: Backbone | None = None
+    tasks: tuple[Task, ...] = ()
     try:
         device = resolve_device(settings.compute.device)
         backbone = build_backbone(**settings.backbone.model_dump(), device=device)

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from loda.errors import ConfigError
 from loda.settings import RunSettings, Section, Seed
@@ -28,6 +37,12 @@ class OrderSettings(Section):
     seed: int = Seed
     file: str | None = Field(None, description="design: file; YAML or JSON with the lists 'tune' and 'evaluate'")
 
+    @model_validator(mode="after")
+    def _file_with_its_design(self) -> OrderSettings:
+        if (self.design == "file") != (self.file is not None):
+            raise ValueError("file: give a file with design: file, and only then")
+        return self
+
 
 class ObjectiveSettings(Section):
     """What the search maximises: a metric of each order, and how orders are put together."""
@@ -37,8 +52,15 @@ class ObjectiveSettings(Section):
     alpha: float = Field(0.34, gt=0, le=1, description="cvar: share of the worst orders that is averaged")
     k: NonNegativeFloat = Field(1.0, description="mean_minus_std: how many standard deviations are taken off")
     multi: tuple[Literal["accuracy", "worst", "cost"], ...] | None = Field(
-        None, description="several objectives at once: mean accuracy, worst order, seconds of computing"
+        None, min_length=1, description="several objectives at once: mean accuracy, worst order, seconds of computing"
     )
+
+    @field_validator("multi")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and len(set(value)) != len(value):
+            raise ValueError(f"name each objective once, but got {list(value)}")
+        return value
 
 
 class SearchSettings(Section):
@@ -84,12 +106,6 @@ class Study(RunSettings):
     resources: ResourceSettings = ResourceSettings()
     tracking: TrackingSettings = TrackingSettings()
 
-    @model_validator(mode="after")
-    def _orders_file(self) -> Study:
-        if (self.orders.design == "file") != (self.orders.file is not None):
-            raise ValueError("orders.file: give a file with design: file, and only then")
-        return self
-
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain JSON types."""
         return json.loads(self.model_dump_json())
@@ -113,17 +129,26 @@ class Study(RunSettings):
         Raises:
             ConfigError: a path that doesn't exist, or a value that isn't allowed.
         """
-        resolved = self.resolved()
+        resolved, problems = self.resolved(), []
         for path, value in values.items():
             *parents, leaf = path.split(".")
-            node = resolved
-            for parent in parents:
-                child = node.get(parent)
-                if not isinstance(child, dict):
-                    raise ConfigError(f"{path}: no such setting")
-                node = child
-            node[leaf] = value
-        return parse_study(resolved, "these settings")
+            node: Any = resolved
+            for depth, parent in enumerate(parents):
+                if not isinstance(node.get(parent), dict):
+                    near = difflib.get_close_matches(parent, [key for key in node if isinstance(node[key], dict)], n=1)
+                    hint = f"; did you mean {'.'.join([*parents[:depth], near[0], leaf])!r}?" if near else ""
+                    problems.append(f"{path}: no such setting{hint}")
+                    break
+                node = node[parent]
+            else:
+                node[leaf] = value
+        try:
+            study = parse_study(resolved, "these settings")
+        except ConfigError as error:
+            raise ConfigError([*problems, *error.problems]) from error
+        if problems:
+            raise ConfigError(problems)
+        return study
 
     def run_settings(self) -> RunSettings:
         """Only what stages depend on."""
@@ -172,7 +197,9 @@ def parse_study(values: Any, source: str) -> Study:
         ConfigError: every problem at once, each with its key path; unknown keys with the nearest valid name.
     """
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{source}: expected a mapping of sections (name, stream, ...), but got {type(values).__name__}")
+        raise ConfigError(
+            f"{source}: expected a mapping of sections (name, stream, ...), but got {type(values).__name__}"
+        )
     try:
         return Study(**{str(key): value for key, value in values.items()})
     except ValidationError as error:
@@ -194,14 +221,16 @@ def load_study(source: str | Path | None = None) -> Study:
     name = str(source) if source is not None else DEFAULT_STUDY
     path = Path(name)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     elif name in bundled_studies():
-        text = (resources.files("orchestrate") / "studies" / f"{name}.yaml").read_text(encoding="utf-8")
+        text = (resources.files("orchestrate") / "studies" / f"{name}.yaml").read_bytes()
     else:
+        near = difflib.get_close_matches(name, bundled_studies(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
         known = ", ".join(bundled_studies())
-        raise ConfigError(f"no study file {name!r}; give a YAML file or one of the bundled studies ({known})")
+        raise ConfigError(f"no study file {name!r}; {hint}Give a YAML file or one of the bundled studies ({known})")
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from error
     return parse_study(values if values is not None else {}, name)

@@ -48,8 +48,11 @@ def method_settings(values: Mapping[str, Any]) -> MethodSettings:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"expected a mapping with a key 'name', but got {values!r}")
+    values = {str(key): value for key, value in values.items()}
     name = values.get("name", "loda")
     methods = registry()
+    if not isinstance(name, str):
+        raise ValueError(f"name: expected a method's name, but got {name!r} (known: {', '.join(sorted(methods))})")
     if name not in methods:
         near = difflib.get_close_matches(str(name), methods, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

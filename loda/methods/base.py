@@ -8,18 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from loda.backbone import Backbone
 from loda.gao import plain_step
 from loda.moments import LayerMoments
+from loda.strict import StrictModel
 
 
-class MethodSettings(BaseModel):
+class MethodSettings(StrictModel):
     """Base of every method's settings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     name: str
 
 

@@ -121,7 +121,7 @@ def trained(request: pytest.FixtureRequest, tiny_settings: SettingsFactory) -> T
 
 
 def test_everything_computed_is_finite_and_labelled(trained: Trained) -> None:
-    bench, nodes, artifacts = trained
+    _, nodes, artifacts = trained
     for node in nodes:
         artifact = artifacts[node.key]
         assert all(bool(torch.isfinite(tensor).all()) for tensor in artifact.tensors.values()), node.step

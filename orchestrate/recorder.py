@@ -1,0 +1,109 @@
+"""Write to MLflow what trials report: study -> trial -> order runs, a step for each task. The driver's only writer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrate.measurements import epoch_losses, stage_metrics
+from orchestrate.results import OrderResult
+from orchestrate.session import Session
+from orchestrate.tracking import TrackedRun, Tracker
+
+
+@dataclass(frozen=True)
+class StoredStep:
+    """Facts and timings of a stored step, without its tensors."""
+
+    meta: Mapping[str, Any]
+    timings: Mapping[str, float]
+
+
+class Recorder:
+    """One study's runs in MLflow.
+
+    Args:
+        session: the study, opened.
+        tracker: MLflow, opened and reachable.
+    """
+
+    def __init__(self, session: Session, tracker: Tracker) -> None:
+        self.session, self.tracker = session, tracker
+        study, bench = session.study, session.bench
+        self.study_run = tracker.study_run(
+            study.name,
+            study.digest,
+            study.resolved(),
+            {"backbone_digest": bench.backbone.digest, "data_digest": bench.dataset.digest, "method": study.method.name},
+        )
+        tracker.log_setup(self.study_run, study.to_yaml())
+        tracker.log_data(self.study_run, bench.dataset.name, bench.dataset.digest, study.stream.dataset)
+        self._trials: dict[str, TrackedRun] = {}
+        self._orders: dict[tuple[str, str], TrackedRun] = {}
+        self._evaluations: dict[tuple[str, str], list[StoredStep]] = {}
+
+    def trial(self, trial: str, settings: Mapping[str, Any]) -> TrackedRun:
+        """The trial's run, made at its first mention."""
+        if trial not in self._trials:
+            tags = {"phase": "evaluation" if trial == "chosen" else "search"}
+            self._trials[trial] = self.tracker.trial_run(trial, settings, tags)
+        return self._trials[trial]
+
+    def stage(self, trial: str, settings: Mapping[str, Any], order: tuple[int, ...], event: Mapping[str, Any]) -> None:
+        """A finished stage, from the keys that a worker reported; numbers come from the store."""
+        steps = {
+            record["step"]: StoredStep(
+                self.session.store.meta(record["key"]) or {}, self.session.store.timings(record["key"]) or {}
+            )
+            for record in event["steps"]
+        }
+        if not steps["evaluate"].meta:
+            return  # damaged since: it is recomputed by whoever needs it, and logged then
+        name = (trial, event["order"])
+        run = self.trial(trial, settings)
+        if name not in self._orders:
+            self._orders[name] = self.tracker.order_run(run, event["order"], order)
+        evaluations = self._evaluations.setdefault(name, [])
+        if event["position"] == 0:
+            evaluations.clear()  # a worker group that was started again walks its orders from the start
+        evaluations.append(steps["evaluate"])
+        metrics = stage_metrics(steps, evaluations, order, self.session.task_names)
+        self.tracker.log_stage(self._orders[name], event["position"] + 1, metrics, epoch_losses(steps))
+
+    def order_done(self, one: OrderResult, heatmap: bool) -> None:
+        """An order's matrix and final metrics."""
+        run = self._orders.get((one.trial, one.work.name))
+        if run is None:
+            return
+        matrix = one.result.accuracy_matrix
+        if matrix.shape[0] == matrix.shape[1]:
+            self.tracker.log_matrix(run, matrix, one.work.order, self.session.task_names, heatmap=heatmap)
+        summary = one.result.summary
+        finals = {"a_last": summary.a_last, "a_last_macro": summary.a_last_macro, "a_avg": summary.a_avg}
+        optional = {"bwt": summary.bwt, "fwt": summary.fwt, "forgetting": summary.forgetting}
+        finals |= {f"final/{key}": value for key, value in optional.items() if value is not None}
+        self.tracker.end(run, metrics=finals, tags={"state_digest": one.result.state_digest})
+
+    def trial_done(self, trial: str, status: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """A trial's end: FINISHED, FAILED or KILLED; its orders that never ended go with it."""
+        run = self._trials.get(trial)
+        if run is not None:
+            if status != "FINISHED":
+                for (owner, _), order_run in self._orders.items():
+                    if owner == trial:
+                        self.tracker.end(order_run, status)
+            self.tracker.end(run, status, metrics=dict(metrics), tags=dict(tags))
+
+    def finish(self, metrics: Mapping[str, float], files: Mapping[str, bytes | str], model: Path | None) -> str | None:
+        """The study's end; returns the registered model's version."""
+        self.tracker.log_files(self.study_run, dict(files))
+        version = None
+        if model is not None:
+            name = f"{self.session.study.name}-merged"
+            version = self.tracker.register(self.study_run, model, name)
+        self.tracker.end(self.study_run, metrics=dict(metrics))
+        return version
+
+

@@ -1,0 +1,202 @@
+"""A study opened for work: validated, its orders drawn, its folders and store ready."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from loda.datasets import absolute_spec
+from loda.distributed import WorkerGroup
+from loda.errors import ConfigError
+from loda.graph import StepNode, sequence_nodes
+from loda.methods import build_method
+from loda.workbench import Workbench, open_workbench
+from orchestrate.cluster import resource_problems
+from orchestrate.objective import objective_labels
+from orchestrate.orders import OrderPlan, design_orders
+from orchestrate.sampler import search_problems
+from orchestrate.space import SearchSpace, load_space
+from orchestrate.store import StageStore
+from orchestrate.study import Study
+from orchestrate.work import OrderWork, name_orders
+
+
+def absolute_study(study: Study) -> Study:
+    """The study with every local path made absolute, for workers that run in another directory."""
+    weights, store = study.backbone.weights, study.resources.store
+    changes: dict[str, Any] = {
+        "stream.dataset": absolute_spec(study.stream.dataset),
+        "resources.store": store if "://" in store else str(Path(store).expanduser().absolute()),
+        "resources.runs": str(Path(study.resources.runs).expanduser().absolute()),
+    }
+    if weights not in (None, "random"):
+        changes["backbone.weights"] = str(Path(str(weights)).expanduser().absolute())
+    if study.orders.file is not None:
+        changes["orders.file"] = str(Path(study.orders.file).expanduser().absolute())
+    return study.with_values(changes)
+
+
+@dataclass
+class Session:
+    """What every command that works on a study needs.
+
+    Attributes:
+        study: resolved, with absolute paths.
+        folder: ``runs/<study>/``.
+        bench: backbone and data, loaded once in the driver; it validates the study and computes stage keys.
+    """
+
+    study: Study
+    folder: Path
+    bench: Workbench
+    store: StageStore
+    order_plan: OrderPlan
+    space: SearchSpace | None
+
+    @property
+    def tune_orders(self) -> tuple[OrderWork, ...]:
+        """Orders of the search, scored on validation images."""
+        return name_orders("tune", self.order_plan.tune, "validation")
+
+    @property
+    def evaluate_orders(self) -> tuple[OrderWork, ...]:
+        """Orders that the chosen setting is judged on, on test images."""
+        return name_orders("evaluate", self.order_plan.evaluate, "test")
+
+    def nodes(self, settings: Mapping[str, Any], work: OrderWork) -> list[StepNode]:
+        """The steps of one order under one setting."""
+        return sequence_nodes(self.bench, self.study.with_values(settings).run_settings(), work.order, work.split)
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names of all tasks, by index."""
+        return [task.name for task in self.bench.tasks]
+
+    def payload(self) -> dict[str, Any]:
+        """What a trial needs to open the same study."""
+        return {
+            "study": self.study.resolved(),
+            "store": self.study.resources.store,
+            "objectives": objective_labels(self.study.search.objective),
+        }
+
+
+def open_session(study: Study, *, search: bool, command: str) -> Session:
+    """Validate everything that can be validated before work starts, and load data and backbone.
+
+    Args:
+        search: whether the study's search space is needed.
+        command: for the record in the run folder.
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    problems = resource_problems(study)
+    study = absolute_study(study)
+    space = None
+    if search:
+        problems += search_problems(study.search)
+        try:
+            space = load_space(study.search.space)
+            problems += space.problems(study)
+        except ConfigError as error:
+            problems += error.problems
+        if study.stream.validation == 0:
+            problems.append("stream.validation: a search scores settings on validation images; set it above 0")
+    bench: Workbench | None = None
+    try:
+        # Workers of a group have another root key than a single process: the driver plans for them.
+        bench = open_workbench(study.run_settings(), WorkerGroup(0, study.resources.workers))
+        if space is not None and not problems:
+            for text, extreme in space.extremes(study):
+                found = build_method(extreme.method).problems(bench.backbone.widths)
+                problems += [f"search space {space.name!r}, {text}: {problem}" for problem in found]
+    except ConfigError as error:
+        problems += error.problems
+    if problems or bench is None:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    orders = study.orders
+    order_plan = design_orders(
+        orders.design,
+        len(bench.tasks),
+        orders.tune if search else min(orders.tune, 0 if orders.design == "all" else orders.tune),
+        orders.evaluate,
+        orders.seed,
+        file=orders.file,
+        task_names=[task.name for task in bench.tasks],
+    )
+    store = StageStore(study.resources.store)
+    folder = Path(study.resources.runs) / study.name
+    return Session(study, folder, bench, store, order_plan, space)
+
+
+def claim_folder(session: Session) -> None:
+    """Create ``runs/<study>/`` with the study file, or find it there, unchanged.
+
+    Raises:
+        ConfigError: the name is taken by a different study (the differences are listed), or the folder or the store
+            can't be written.
+    """
+    file = session.folder / "study.yaml"
+    if file.is_file():
+        changed = list(_differences(read_run_study(session.folder).resolved(), session.study.resolved()))
+        if changed:
+            raise ConfigError(
+                [
+                    f"{file}: a different study of the name {session.study.name!r} was run before; give this one another "
+                    "name, or remove that folder. Finished stages stay in the store either way. It differs in:",
+                    *(f"  {line}" for line in changed),
+                ]
+            )
+    session.store.check_writable()
+    try:
+        session.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, session.study.to_yaml())
+        write_atomic(session.folder / "orders.json", json.dumps(session.order_plan.to_dict(), indent=1))
+    except OSError as error:
+        raise ConfigError(f"resources.runs: can't write {session.folder}: {error}") from error
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Lines for the settings that results depend on and that differ."""
+    for key in sorted({*old, *new}):
+        path = f"{prefix}{key}"
+        if path in ("resources", "tracking"):
+            continue  # where and how it runs may change
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(before, after, f"{path}.")
+        elif before != after:
+            yield f"{path}: {before!r} before, {after!r} now"
+
+
+def read_run_study(folder: Path) -> Study:
+    """The study of a run folder, as resolved when it ran.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from orchestrate.study import parse_study
+
+    file = folder / "study.yaml"
+    if not file.is_file():
+        known = sorted(path.parent.name for path in folder.parent.glob("*/study.yaml")) if folder.parent.is_dir() else []
+        raise ConfigError(f"no study {folder.name!r} in {folder.parent} (there: {', '.join(known) or 'none yet'})")
+    return parse_study(yaml.safe_load(file.read_bytes()), str(file))
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step: temporary file, fsync, rename."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)

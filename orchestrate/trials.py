@@ -1,0 +1,194 @@
+"""Run work lists as Ray Tune trials, watch them, and write down what they report."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray import tune
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+
+from orchestrate.executors import tune_trial
+from orchestrate.progress import StudyProgress
+from orchestrate.recorder import Recorder
+from orchestrate.results import read_order
+from orchestrate.searcher import StudySearcher
+from orchestrate.session import Session
+from orchestrate.work import OrderWork, StageCounts, WorkList
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrialEnd:
+    """How a trial ended."""
+
+    name: str
+    settings: dict[str, Any]
+    error: str | None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class Watcher(Callback):
+    """Tune's callback in the driver: counts stages, moves the bar, feeds MLflow, remembers how trials ended."""
+
+    def __init__(
+        self,
+        session: Session,
+        works: Mapping[str, OrderWork],
+        progress: StudyProgress,
+        recorder: Recorder | None,
+        counts: StageCounts,
+        searcher: StudySearcher | None,
+    ) -> None:
+        self.session, self.works, self.progress = session, works, progress
+        self.recorder, self.counts, self.searcher = recorder, counts, searcher
+        self.ends: list[TrialEnd] = []
+        self.started = time.monotonic()
+        self.first_stage_seconds: float | None = None
+        self._seen: set[tuple[str, str, int]] = set()
+        self.best: float | None = None
+
+    def _name(self, trial: Trial) -> str:
+        if self.searcher is None:
+            return "chosen"
+        return f"trial-{self.searcher._numbers[trial.trial_id]:04d}"
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        name, settings = self._name(trial), dict(trial.config.get("settings", {}))
+        for event in result.get("events", ()):
+            place = (trial.trial_id, event["order"], event["position"])
+            if self.first_stage_seconds is None:
+                self.first_stage_seconds = time.monotonic() - self.started
+            if self.recorder is not None:
+                self.recorder.stage(name, settings, self.works[event["order"]].order, event)
+            if place not in self._seen:  # a group that was started again walks its orders from the start
+                self._seen.add(place)
+                self.counts.add(event["steps"])
+                best = "" if self.best is None else f", best {self.best:.2f}"
+                self.progress.stage(f"{name}, {event['order']}{best}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        result = trial.last_result or {}
+        self._end(trial, None if result.get("finished") else "stopped before its end", result)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        error = trial.get_error()
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        reasons = [line for line in lines if "StageError" in line or "ConfigError" in line]
+        self._end(trial, (reasons or lines or ["failed without a message"])[-1].strip(), trial.last_result or {})
+
+    def _end(self, trial: Trial, error: str | None, result: Mapping[str, Any]) -> None:
+        name, settings = self._name(trial), dict(trial.config.get("settings", {}))
+        label = self.objective_label
+        value = result.get(label) if label else None
+        metrics = {key: float(result[key]) for key in self._objectives if isinstance(result.get(key), int | float)}
+        if error is None:
+            if self.searcher is not None and isinstance(value, int | float):
+                self.best = float(value) if self.best is None else max(self.best, float(value))
+                self.progress.line(f"{name}  {label} {value:.2f}  {short(settings)}")
+            if self.recorder is not None:
+                for order in result.get("orders", {}):
+                    one = read_order(self.session, name, settings, self.works[order])
+                    if one is not None:
+                        self.recorder.order_done(one, heatmap=self.searcher is None)
+        else:
+            self.progress.line(f"{name}  failed: {error}  {short(settings)}")
+            expected = len(self.works) * len(self.session.bench.tasks)
+            done = sum(place[0] == trial.trial_id for place in self._seen)
+            self.progress.skip(max(0, expected - done) if self.searcher is not None else 0)
+        if self.recorder is not None and self.searcher is not None:
+            status = "FINISHED" if error is None else "FAILED"
+            self.recorder.trial_done(name, status, metrics, {"reason": error} if error else {})
+        self.ends.append(TrialEnd(name, settings, error, dict(result)))
+
+    @property
+    def _objectives(self) -> list[str]:
+        if self.searcher is None:
+            return []
+        metric = self.searcher.metric
+        return list(metric) if isinstance(metric, list) else [str(metric)]
+
+    @property
+    def objective_label(self) -> str | None:
+        """The first objective's name."""
+        return self._objectives[0] if self._objectives else None
+
+
+def short(settings: Mapping[str, Any]) -> str:
+    """Settings on one line, without their sections."""
+    values = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in settings.values())
+    return " ".join(f"{path.rpartition('.')[2]}={value}" for path, value in zip(settings, values))
+
+
+def run_trials(
+    session: Session,
+    lists: Sequence[WorkList],
+    watcher: Watcher,
+    run_name: str,
+    searcher: StudySearcher | None = None,
+    samples: int = 1,
+) -> None:
+    """Run trials through Tune until all have ended.
+
+    With a searcher: ``samples`` trials, each a suggested setting over the orders of the first list. Without: a trial
+    for each list as it is.
+
+    Raises:
+        KeyboardInterrupt: the user stopped; finished stages are in the store.
+    """
+    resources = session.study.resources
+    # Tune's own folder holds nothing that is needed later: the store, Optuna's database and MLflow do.
+    storage = session.folder / ".ray"
+    shutil.rmtree(storage, ignore_errors=True)
+    storage.mkdir(parents=True, exist_ok=True)
+    config: dict[str, Any] = {
+        "payload": session.payload() | {"lists": [work.to_dict() for work in lists]},
+        "resources": resources.model_dump(mode="json"),
+        "run": run_name,
+        "storage": str(storage),
+    }
+    if searcher is None:
+        config["shard"] = tune.grid_search(list(range(len(lists))))
+    # The trial itself only starts and watches its workers; at one CPU each, two of them would leave workers none.
+    inline = resources.executor == "inline"
+    asked: dict[str, float] = (
+        {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker} if inline else {"CPU": 0, "memory": 1024**2}
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(tune_trial, asked),
+        param_space=config,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=samples if searcher is not None else 1,
+            max_concurrent_trials=resources.concurrent_trials,
+            reuse_actors=inline,
+        ),
+        run_config=tune.RunConfig(
+            name=run_name,
+            storage_path=str(storage),
+            callbacks=[watcher],
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=resources.max_failures if inline else 0),
+            checkpoint_config=tune.CheckpointConfig(),
+        ),
+    )
+    tuner.fit()
+    shutil.rmtree(storage, ignore_errors=True)
+
+
+def shards(orders: Sequence[OrderWork], settings: Mapping[str, Any], count: int) -> list[WorkList]:
+    """Orders dealt to at most ``count`` lists; orders that begin alike stay together, so each prefix is walked once."""
+    ordered = sorted(orders, key=lambda work: work.order)
+    size = -(-len(ordered) // max(1, min(count, len(ordered))))
+    parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return [WorkList(dict(settings), tuple(part)) for part in parts]
+
+

@@ -1,0 +1,125 @@
+"""The benchmark scripts run from the command line, at toy size, and print the JSON that their notes promise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import SettingsFactory
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {"loda", "loda without GAO", "sequential", "simplecil", "simplecil lda", "joint"}
+
+
+def run_script(name: str, *arguments: object, folder: Path) -> str:
+    """Standard output of a script, from another folder, with one thread."""
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def tiny_study(tiny_settings: SettingsFactory, tmp_path: Path) -> Path:
+    """A study file over the drawn shapes: three tasks, two epochs."""
+    settings = tiny_settings(training={"epochs": 1}, head={"start": "class_means", "classifier": "lda"})
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"name": "tiny", **json.loads(settings.model_dump_json())}), encoding="utf-8")
+    return path
+
+
+def compared(study: Path | str | None, folder: Path, *arguments: object) -> dict[str, Any]:
+    kept = folder / "kept" / "comparison.json"
+    given = [] if study is None else [study]
+    printed = run_script("comparison.py", *given, "--json", "--out", kept, *arguments, folder=folder)
+    document = json.loads(printed)
+    assert json.loads(kept.read_text(encoding="utf-8")) == document
+    return document
+
+
+def test_the_comparison_gives_every_method_the_same_orders_and_the_same_effort(
+    tiny_study: Path, tmp_path: Path
+) -> None:
+    document = compared(tiny_study, tmp_path, "--orders", 3, "--tune-orders", 2, "--grid", 2, "--margins", 0, 0.1)
+    rows = document["rows"]
+    assert set(rows) == METHODS
+    orders = [entry["order"] for entry in rows["loda"]["orders"]]
+    assert len(orders) == 3
+    assert not [order for order in orders if order in document["tune_orders"]]
+    for name, row in rows.items():
+        assert [entry["order"] for entry in row["orders"]] == orders, name
+        assert all(len(entry["state_digest"]) == 64 and 0 <= entry["a_last"] <= 100 for entry in row["orders"]), name
+    for name in ("loda", "sequential", "joint"):
+        scores = {(point["lr"], point["margin"]): point["validation_a_avg"] for point in rows[name]["grid"]}
+        assert len(scores) == 4, name
+        chosen = rows[name]["chosen"]
+        assert scores[chosen["lr"], chosen["margin"]] == max(scores.values()), name
+    assert rows["loda without GAO"]["chosen"] == rows["loda"]["chosen"]
+    assert rows["sequential"]["orders"][0]["state_digest"] != rows["loda"]["orders"][0]["state_digest"]
+
+
+def test_the_comparisons_differences_are_those_of_its_rows(tiny_study: Path, tmp_path: Path) -> None:
+    document = compared(tiny_study, tmp_path, "--orders", 4, "--tune-orders", 1, "--grid", 1, "--margins", 0)
+    rows = document["rows"]
+    for name, metrics in document["differences"].items():
+        for metric, found in metrics.items():
+            pairs = zip(rows["loda"]["orders"], rows[name]["orders"], strict=True)
+            differences = [ours[metric] - theirs[metric] for ours, theirs in pairs]
+            assert found["mean"] == pytest.approx(sum(differences) / 4)
+            assert found["won"] == sum(difference > 0 for difference in differences)
+            if found["t"] is not None:
+                assert found["t"][0] < found["mean"] < found["t"][1]
+    assert set(document["differences"]) == METHODS - {"loda"}
+    assert "a_avg" not in document["differences"]["joint"], "joint training has no curve to average"
+
+
+def test_an_order_in_the_comparison_is_the_order_run_alone(tiny_study: Path, tmp_path: Path) -> None:
+    import loda
+
+    arguments = ("--orders", 2, "--tune-orders", 1, "--grid", 1, "--margins", 0)
+    row = compared(tiny_study, tmp_path, *arguments)["rows"]["loda"]
+    for entry in row["orders"]:
+        alone = loda.run_sequence(tiny_study, order=entry["order"])
+        assert (alone.state_digest, alone.summary.a_last) == (entry["state_digest"], entry["a_last"])
+
+
+def test_the_comparisons_table_names_every_method(tiny_study: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.json"
+    arguments = ("--orders", 2, "--tune-orders", 1, "--grid", 1, "--margins", 0)
+    printed = run_script("comparison.py", tiny_study, "--out", kept, *arguments, folder=tmp_path)
+    for name in METHODS:
+        assert f"\n{name} " in printed
+    assert "A_last" in printed and "95% BCa" in printed
+
+
+def test_the_gao_step_reports_its_ratio_to_the_floor(tiny_study: Path, tmp_path: Path) -> None:
+    printed = run_script("gao_step.py", tiny_study, "--pairs", 3, "--batches", 2, "--json", folder=tmp_path)
+    measured = json.loads(printed)
+    assert measured["pairs"] == 3
+    assert measured["ratio"] > 0.5, "a step can't take much less than its own passes"
+    assert measured["gao_over_plain"] > 1, "four half passes cost more than one whole"
+
+
+def test_room_is_joint_above_the_higher_floor(tiny_study: Path, tmp_path: Path) -> None:
+    measured = json.loads(run_script("room.py", tiny_study, "--rank", 4, "--json", folder=tmp_path))
+    means, lda, joint = (row["accuracy"] for row in measured["rows"].values())
+    assert measured["room_points"] == pytest.approx(joint - max(means, lda))
+
+
+@pytest.mark.slow
+def test_the_bundled_study_is_compared_without_arguments_naming_it(tmp_path: Path) -> None:
+    arguments = ("--orders", 2, "--tune-orders", 1, "--grid", 1, "--margins", 0.1, "--epochs", 1)
+    document = compared(None, tmp_path, *arguments)
+    assert document["study"] == "alphabets"
+    assert len(document["tasks"]) == 5
+    rows = document["rows"]
+    floor = rows["simplecil lda"]["orders"][0]["a_last"]
+    assert all(entry["a_last"] > floor for entry in rows["loda"]["orders"]), "one epoch already beats frozen features"
