@@ -18,7 +18,7 @@ from loda.graph import StepNode, sequence_nodes
 from loda.methods import build_method
 from loda.workbench import Workbench, open_workbench
 from orchestrate.cluster import resource_problems
-from orchestrate.objective import objective_labels
+from orchestrate.objective import objective_directions
 from orchestrate.orders import OrderPlan, design_orders
 from orchestrate.sampler import search_problems
 from orchestrate.space import SearchSpace, load_space
@@ -83,7 +83,7 @@ class Session:
         return {
             "study": self.study.resolved(),
             "store": self.study.resources.store,
-            "objectives": objective_labels(self.study.search.objective),
+            "objectives": [name for name, _ in objective_directions(self.study.search.objective)],
         }
 
 

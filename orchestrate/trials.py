@@ -54,6 +54,10 @@ class Watcher(Callback):
         self._seen: set[tuple[str, str, int]] = set()
         self.best: float | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune pickles its callbacks to restore them some day; this study goes on from its store instead.
+        return {}
+
     def _name(self, trial: Trial) -> str:
         if self.searcher is None:
             return "chosen"

@@ -96,10 +96,11 @@ def test_alignment_needs_a_covariance_of_each_class() -> None:
 
 def test_one_step_is_the_published_loss_on_the_drawn_samples() -> None:
     """One epoch of one batch, without noise to speak of: means scaled by task, logits by their norms, then SGD."""
-    means_CD, heads_CD = _randn(2, D, seed=7), _randn(2, D, seed=8)
+    common_D = 2 * F.normalize(_randn(D, seed=1), dim=0)  # all cosines positive, and near each other
+    means_CD, heads_CD = common_D + _randn(2, D, seed=7) / 4, (common_D + _randn(2, D, seed=8) / 4) / 10
     cancels_ridge_CDD = -1e-3 * (1 - 1e-6) * torch.eye(D, dtype=torch.float64).expand(2, D, D)
     statistics = ClassStatistics(means_CD, torch.ones(2), torch.zeros(D, D, dtype=torch.float64), cancels_ridge_CDD)
-    samples, lr, logit_norm = 1, 1.0, 0.2
+    samples, lr, logit_norm = 1, 1.0, 1.0
     found = align_classifier(
         heads_CD, statistics, [1, 1], torch.Generator().manual_seed(0), samples=samples, epochs=1, lr=lr,
         logit_norm=logit_norm,
@@ -115,8 +116,8 @@ def test_one_step_is_the_published_loss_on_the_drawn_samples() -> None:
         optimizer.zero_grad()
         F.cross_entropy((logits_C / (norm * logit_norm))[None], torch.tensor([label])).backward()
         optimizer.step()
-    torch.testing.assert_close(found, weight_CD.detach(), rtol=0, atol=1e-4)
-    assert float((found - heads_CD).abs().max()) > 1e-3
+    torch.testing.assert_close(found, weight_CD.detach(), rtol=0, atol=1e-3)
+    assert float((found - heads_CD).abs().max()) > 0.1
 
 
 def test_samples_have_shortened_means_for_older_tasks_and_a_ridge_on_the_covariance() -> None:

@@ -21,8 +21,8 @@ def _images(count: int = 8, seed: int = 0) -> Tensor:
 
 
 def _augment(images_BCHW: Tensor, seed: int = 0, fill: float = 0.0, **settings: object) -> Tensor:
-    chosen = AugmentationSettings(**settings)  # type: ignore[arg-type]
-    return augment(images_BCHW, chosen, torch.Generator().manual_seed(seed), fill)
+    chosen = AugmentationSettings(fill=fill, **settings)  # type: ignore[arg-type]
+    return augment(images_BCHW, chosen, torch.Generator().manual_seed(seed))
 
 
 def test_zero_settings_show_images_as_they_are() -> None:
@@ -112,16 +112,21 @@ def test_fill_is_what_lies_beyond_the_border() -> None:
     assert bool((views_BCHW > 0.74).any()) and bool((views_BCHW < 0.26).any())
 
 
-def test_rotation_turns_about_the_centre_by_up_to_its_angle() -> None:
+@pytest.mark.parametrize("flip", [False, True])
+def test_rotation_turns_about_the_centre_by_up_to_its_angle(flip: bool) -> None:
     ramp = (torch.arange(SIDE) + 0.5) / SIDE * 2 - 1
     images_BCHW = torch.stack([ramp.expand(SIDE, SIDE), ramp[:, None].expand(SIDE, SIDE)]).expand(300, 2, SIDE, SIDE)
-    views = _augment(images_BCHW.contiguous(), rotation=30.0, crop_ratio=1.0)
-    # Slopes of the read-back coordinates along a view's middle rows are the turn's cosine and sine.
+    views = _augment(images_BCHW.contiguous(), rotation=30.0, flip=flip)
+    # Slopes of the read-back coordinates along a view's middle row and column are the turn's cosine and sine.
     middle, step = SIDE // 2, 2 / SIDE
-    cos = (views[:, 0, middle, middle] - views[:, 0, middle, middle - 1]) / step
-    sin = (views[:, 1, middle, middle] - views[:, 1, middle, middle - 1]) / step
-    torch.testing.assert_close(cos**2 + sin**2, torch.ones(300), rtol=0, atol=1e-3)
-    angles = torch.rad2deg(torch.atan2(sin, cos))
+    along_row = (views[:, :, middle, middle] - views[:, :, middle, middle - 1]) / step
+    along_column = (views[:, :, middle, middle] - views[:, :, middle - 1, middle]) / step
+    for slope in (along_row, along_column):
+        torch.testing.assert_close(slope.norm(dim=1), torch.ones(300), rtol=0, atol=1e-3)
+    torch.testing.assert_close((along_row * along_column).sum(1), torch.zeros(300), rtol=0, atol=1e-3)
+    mirrored = along_row[:, 0] < 0
+    assert bool(mirrored.any()) == flip and not bool(mirrored.all())
+    angles = torch.rad2deg(torch.atan2(-along_column[:, 0], along_column[:, 1]))  # a mirror leaves columns alone
     assert float(angles.abs().max()) <= 30.01 and float(angles.min()) < -25 and float(angles.max()) > 25
     centre = views[:, :, middle - 1 : middle + 1, middle - 1 : middle + 1].mean((-2, -1))
     torch.testing.assert_close(centre, torch.zeros(300, 2), rtol=0, atol=1e-4)

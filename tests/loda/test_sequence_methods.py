@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from loda.classifier import drift_map
 from loda.run import run_sequence
-from loda.workbench import open_workbench
+from loda.workbench import merge_factors, open_workbench
 from tests.conftest import SettingsFactory
 from tests.loda.running import ORDER, artifact_of, digests, run_all
 
@@ -104,3 +105,34 @@ def test_validation_images_take_no_part_in_test_and_training(tiny_settings: Sett
     assert validation.test_counts.tolist() == [4, 4, 4] and test.test_counts.tolist() == [8, 8, 8]
     assert validation.state_digest == test.state_digest  # the same training
     assert not set(bench.splits["train"]) & {*bench.splits["validation"], *bench.splits["test"]}
+
+
+def test_sequential_rests_on_the_newest_pair_alone(tiny_settings: SettingsFactory) -> None:
+    settings = tiny_settings(method={"name": "sequential", "rank": 4, "scale": 0.5})
+    run = run_all(settings)
+    bench = open_workbench(settings)
+    trained, state = artifact_of(run, "adapt", 2).tensors, artifact_of(run, "consolidate", 2)
+    with torch.no_grad():
+        for name in bench.backbone.layers:
+            up_Or, down_rD = trained[f"branch/{name}/lora/up"], trained[f"branch/{name}/lora/down"]
+            bench.backbone.model.get_submodule(name).weight.add_(0.5 * up_Or @ down_rD)  # type: ignore[operator]
+    label = state.meta["classes"][-1]
+    features_ND, _ = bench.pass_over(bench.images(bench.indices([label], "train")))
+    torch.testing.assert_close(state.tensors["class_means"][-1], features_ND.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_older_classes_statistics_follow_the_drift_that_the_new_task_shows(tiny_settings: SettingsFactory) -> None:
+    method = {"name": "sequential", "rank": 4}
+    settings = tiny_settings(method=method, head={"drift": "linear", "drift_ridge": 0.01}, training={"lr": 0.1})
+    run = run_all(settings)
+    bench = open_workbench(settings)
+    before, after = (artifact_of(run, "consolidate", position) for position in (0, 1))
+    old_ND = artifact_of(run, "observe", 1).tensors["features"]
+    bench.backbone.load_merges([merge_factors(after)])
+    classes = bench.tasks[ORDER[1]].classes
+    new_ND, _ = bench.pass_over(bench.images(bench.indices(classes, "train")))
+    assert float((new_ND - old_ND).abs().max()) > 1e-2  # training did move the features
+    map_DD = drift_map(old_ND, new_ND, 0.01)
+    expected_CD = before.tensors["class_means"].double() @ map_DD
+    torch.testing.assert_close(after.tensors["class_means"][:2].double(), expected_CD, rtol=0, atol=1e-4)
+    assert float((after.tensors["class_means"][:2] - before.tensors["class_means"]).abs().max()) > 1e-3

@@ -247,7 +247,7 @@ def test_own_setting_outside_says_why() -> None:
     study = study_of(method={"name": "loda", "energy_general": 0.2}, training={"lr": 3.0})
     assert space.from_settings(study) is None
     reasons = "\n".join(space.outside(study))
-    assert "training.lr: expected a number from 0.001 to 0.2, but the study has 3.0" in reasons
+    assert "training.lr: expected a number from 0.001 to 0.5, but the study has 3.0" in reasons
     assert "method.energy_general" in reasons
 
 

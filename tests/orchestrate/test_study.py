@@ -188,7 +188,7 @@ def test_the_digest_is_of_what_results_depend_on() -> None:
         }
     )  # fmt: skip
     assert same.digest == study.digest
-    others = {"method.rank_general": 3, "training.seed": 1, "orders.tune": 2, "search.seed": 1, "resources.workers": 2}
+    others = {"method.rank_general": 3, "training.seed": 1, "orders.tune": 5, "search.seed": 1, "resources.workers": 2}
     digests = {study.with_values({path: value}).digest for path, value in others.items()}
     assert len(digests | {study.digest}) == len(others) + 1
 

@@ -1,0 +1,146 @@
+"""Results as short tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def _console() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left", title_style="bold")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
+
+
+def interval(block: Mapping[str, Any]) -> str:
+    """A mean with its 95% interval over orders."""
+    text = f"{block['mean']:.2f} %"
+    if block["interval_95"] is None:
+        return f"{text} (one order: no interval)"
+    low, high = block["interval_95"]
+    return f"{text}, 95% interval {low:.2f} to {high:.2f} over {len(block['per_order'])} orders"
+
+
+def settings_line(settings: Mapping[str, Any]) -> str:
+    """Settings, a pair each."""
+    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items())
+
+
+def _common(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    requested, run, reused = values["stages_requested"], values["stages_run"], values["stages_reused"]
+    return [
+        ("A_last, test", interval(values["a_last"])),
+        ("A_avg, test", interval(values["a_avg"])),
+        ("stages", f"{requested} asked for, {run} computed, {reused} reused as they were"),
+        ("steps", f"{values['steps_requested']} asked for, {values['steps_run']} computed, {values['steps_reused']} reused"),
+        ("time", f"{values['wall_seconds']:.0f} s, of which stages took {values['stage_seconds']:.0f} worker-seconds"),
+    ]
+
+
+def _places(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    version = values.get("model_version")
+    registered = f" (registered as {values['study']}-merged, version {version})" if version else ""
+    return [
+        ("results", values["results"]),
+        ("merged model", f"orchestrate export {values['study']} DIR{registered}"),
+        ("MLflow page", "orchestrate ui"),
+    ]
+
+
+def sweep(values: Mapping[str, Any]) -> None:
+    """The end of a sweep."""
+    best, sharing = values["best"], values["sharing"]
+    states = ", ".join(f"{count} {state}" for state, count in values["trials"].items())
+    scores = ", ".join(f"{name} {value:.2f}" for name, value in best["objectives"].items())
+    shared = sharing["steps"] - sharing["distinct_steps"]
+    rows = [
+        ("best setting", settings_line(best["settings"])),
+        ("on validation", f"trial {best['trial']}, {scores} ({states})"),
+        *_common(values),
+        ("shared", f"{shared} of {sharing['steps']} steps of this study stand in for another order's or trial's"),
+        *_places(values),
+    ]
+    _rows(f"{values['study']}: {values['method']}", rows)
+
+
+def run(values: Mapping[str, Any]) -> None:
+    """The end of a run."""
+    _rows(f"{values['study']}: {values['method']}", [*_common(values), *_places(values)])
+
+
+def plan(values: Mapping[str, Any]) -> None:
+    """What would be computed."""
+    rows = []
+    for part in values["parts"]:
+        rows.append(
+            (
+                part["name"],
+                f"{part['orders']} orders x {part['settings']} settings: {part['stages']} stages, "
+                f"{part['steps']} steps{part['note']}",
+            )
+        )
+    rows += [
+        ("distinct steps known now", f"{values['distinct_steps']} ({values['stored_steps']} stored)"),
+        ("steps to run, at most", str(values["steps_to_run"])),
+        ("expected", values["expected"]),
+        ("store", f"{values['store']} ({values['store_bytes'] / 1e6:.1f} MB)"),
+    ]
+    _rows(f"{values['study']}: plan", rows)
+    for kind in ("tune", "evaluate"):
+        _console().print(f"[bold]{kind} orders[/bold]")
+        for order in values["orders"][kind]:
+            _console().print("  " + " > ".join(values["tasks"][index] for index in order))
+
+
+def catalogue(values: Mapping[str, Any]) -> None:
+    """What there is."""
+    _rows(
+        "at hand",
+        [
+            ("bundled studies", ", ".join(values["bundled_studies"])),
+            ("search spaces", ", ".join(values["search_spaces"])),
+            ("methods", ", ".join(values["methods"])),
+            ("datasets", ", ".join(values["datasets"])),
+        ],
+    )
+    table = Table(title="runs", title_justify="left", title_style="bold")
+    for column in ("study", "method", "state", "A_last", "A_avg"):
+        table.add_column(column)
+    for row in values["runs"]:
+        scores = [f"{row[key]:.2f}" if row[key] is not None else "" for key in ("a_last", "a_avg")]
+        table.add_row(row["study"], row["method"], row["state"], *scores)
+    _console().print(table if values["runs"] else "no runs yet: `orchestrate sweep` starts the default study")
+
+
+def methods(values: Sequence[Mapping[str, Any]]) -> None:
+    """The registry."""
+    table = Table()
+    for column in ("method", "what it does", "merges", "task id", "source"):
+        table.add_column(column)
+    for row in values:
+        table.add_row(
+            row["name"],
+            row["summary"],
+            "yes" if row["mergeable"] else "no",
+            "needed" if row["needs_task_id"] else "not needed",
+            row["source"],
+        )
+    _console().print(table)
+
+
+def doctor(values: Mapping[str, Any]) -> None:
+    """Checks, one a line."""
+    table = Table(show_header=False)
+    for check in values["checks"]:
+        table.add_row("[green]ok[/green]" if check["ok"] else "[red]no[/red]", check["name"], check["found"])
+    _console().print(table)
