@@ -15,7 +15,6 @@ from torch import Tensor
 
 from loda.strict import StrictModel
 
-
 CROP_TRIES = 10  # as torchvision's
 
 

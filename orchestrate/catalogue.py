@@ -82,7 +82,9 @@ def export_study(folder: Path, directory: Path, order: str | None) -> dict[str, 
         raise ConfigError(f"--order: no evaluation order {name!r}; there are {', '.join(works)}")
     one = read_order(session, "chosen", settings, works[name])
     if one is None:
-        raise ConfigError(f"stages of {name} are no longer in the store; `orchestrate resume {study.name}` computes them")
+        raise ConfigError(
+            f"stages of {name} are no longer in the store; `orchestrate resume {study.name}` computes them"
+        )
     return export_order(session, settings, one, directory)
 
 

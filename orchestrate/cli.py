@@ -21,7 +21,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="LoRA studies for continual learning: sweeps over settings and task orders on Ray, Optuna and MLflow.",
 )
-StudyArgument = Annotated[str | None, typer.Argument(help="A study file, or a bundled study's name. Default: alphabets.")]
+StudyArgument = Annotated[
+    str | None, typer.Argument(help="A study file, or a bundled study's name. Default: alphabets.")
+]
 NameArgument = Annotated[str | None, typer.Argument(help="A study that was run (its name, file or folder).")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else goes to stderr.")]
 Set = Annotated[
@@ -76,7 +78,8 @@ def sweep(study: StudyArgument = None, set_: Set = None, as_json: Json = False) 
 
     Example: `orchestrate sweep`, or `orchestrate sweep my-study.yaml -s search.trials=30`
     """
-    from orchestrate import show, sweep as sweeping
+    from orchestrate import show
+    from orchestrate import sweep as sweeping
 
     outcome = sweeping.sweep(_load(study, set_), quiet=False)
     _print(outcome.values) if as_json else show.sweep(outcome.values)
@@ -93,7 +96,8 @@ def run(
 
     Example: `orchestrate run my-study.yaml --local -s method.name=sequential`
     """
-    from orchestrate import show, sweep as sweeping
+    from orchestrate import show
+    from orchestrate import sweep as sweeping
 
     outcome = sweeping.run_study(_load(study, set_), local=local)
     _print(outcome.values) if as_json else show.run(outcome.values)
@@ -118,7 +122,8 @@ def resume(study: NameArgument = None, as_json: Json = False) -> None:
 
     Example: `orchestrate resume alphabets`
     """
-    from orchestrate import show, sweep as sweeping
+    from orchestrate import show
+    from orchestrate import sweep as sweeping
     from orchestrate.session import read_run_study
 
     folder = _run_folder(study)

@@ -72,7 +72,7 @@ def train_executor(payload: dict[str, Any], resources: ResourceSettings, name: s
             name=name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=resources.max_failures),
-            callbacks=[TuneReportCallback()],
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
         ),
     )
     trainer.fit()

@@ -56,7 +56,8 @@ def make_plan(study: Study) -> dict[str, Any]:
     parallel = session.study.resources.concurrent_trials
     text = "unknown until the first stages have run here"
     if expected is not None:
-        text = f"{expected / 3600:.2f} worker-hours at most, {expected / parallel / 60:.1f} min at {parallel} trials at once"
+        minutes = expected / parallel / 60
+        text = f"{expected / 3600:.2f} worker-hours at most, {minutes:.1f} min at {parallel} trials at once"
     return {
         "study": session.study.name,
         "study_digest": session.study.digest,

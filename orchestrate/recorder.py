@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrate.measurements import epoch_losses, stage_metrics
 from orchestrate.results import OrderResult
 from orchestrate.session import Session
 from orchestrate.tracking import TrackedRun, Tracker
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,11 @@ class Recorder:
             study.name,
             study.digest,
             study.resolved(),
-            {"backbone_digest": bench.backbone.digest, "data_digest": bench.dataset.digest, "method": study.method.name},
+            {
+                "backbone_digest": bench.backbone.digest,
+                "data_digest": bench.dataset.digest,
+                "method": study.method.name,
+            },
         )
         tracker.log_setup(self.study_run, study.to_yaml())
         tracker.log_data(self.study_run, bench.dataset.name, bench.dataset.digest, study.stream.dataset)
@@ -86,7 +92,7 @@ class Recorder:
         finals |= {f"final/{key}": value for key, value in optional.items() if value is not None}
         self.tracker.end(run, metrics=finals, tags={"state_digest": one.result.state_digest})
 
-    def trial_done(self, trial: str, status: str, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+    def trial_done(self, trial: str, status: RunStatus, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """A trial's end: FINISHED, FAILED or KILLED; its orders that never ended go with it."""
         run = self._trials.get(trial)
         if run is not None:
@@ -105,5 +111,3 @@ class Recorder:
             version = self.tracker.register(self.study_run, model, name)
         self.tracker.end(self.study_run, metrics=dict(metrics))
         return version
-
-

@@ -138,5 +138,7 @@ def document(session: Session, results: Sequence[OrderResult], counts: StageCoun
         **{key: value for key, value in counts.to_dict().items() if key != "stage_seconds"},
         "stage_seconds": counts.stage_seconds,
         "wall_seconds": wall,
+        "executor": session.study.resources.executor,
+        "concurrent_trials": session.study.resources.concurrent_trials,
         "results": str(session.folder / "results.parquet"),
     }

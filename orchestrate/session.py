@@ -149,8 +149,8 @@ def claim_folder(session: Session) -> None:
         if changed:
             raise ConfigError(
                 [
-                    f"{file}: a different study of the name {session.study.name!r} was run before; give this one another "
-                    "name, or remove that folder. Finished stages stay in the store either way. It differs in:",
+                    f"{file}: a different study of the name {session.study.name!r} was run before; give this one "
+                    "another name, or remove that folder. Finished stages stay in the store either way. It differs in:",
                     *(f"  {line}" for line in changed),
                 ]
             )
@@ -186,7 +186,9 @@ def read_run_study(folder: Path) -> Study:
 
     file = folder / "study.yaml"
     if not file.is_file():
-        known = sorted(path.parent.name for path in folder.parent.glob("*/study.yaml")) if folder.parent.is_dir() else []
+        known = (
+            sorted(path.parent.name for path in folder.parent.glob("*/study.yaml")) if folder.parent.is_dir() else []
+        )
         raise ConfigError(f"no study {folder.name!r} in {folder.parent} (there: {', '.join(known) or 'none yet'})")
     return parse_study(yaml.safe_load(file.read_bytes()), str(file))
 

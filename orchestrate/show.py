@@ -33,7 +33,9 @@ def interval(block: Mapping[str, Any]) -> str:
 
 def settings_line(settings: Mapping[str, Any]) -> str:
     """Settings, a pair each."""
-    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items())
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items()
+    )
 
 
 def _common(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -42,7 +44,10 @@ def _common(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("A_last, test", interval(values["a_last"])),
         ("A_avg, test", interval(values["a_avg"])),
         ("stages", f"{requested} asked for, {run} computed, {reused} reused as they were"),
-        ("steps", f"{values['steps_requested']} asked for, {values['steps_run']} computed, {values['steps_reused']} reused"),
+        (
+            "steps",
+            f"{values['steps_requested']} asked for, {values['steps_run']} computed, {values['steps_reused']} reused",
+        ),
         ("time", f"{values['wall_seconds']:.0f} s, of which stages took {values['stage_seconds']:.0f} worker-seconds"),
     ]
 

@@ -17,7 +17,7 @@ from orchestrate.cluster import ray_cluster
 from orchestrate.merged import write_merged
 from orchestrate.progress import StudyProgress
 from orchestrate.recorder import Recorder
-from orchestrate.results import OrderResult, document, read_order, write_tables
+from orchestrate.results import OrderResult, document, metric_block, read_order, write_tables
 from orchestrate.searcher import StudySearcher
 from orchestrate.session import Session, claim_folder, open_session, write_atomic
 from orchestrate.study import Study
@@ -61,7 +61,7 @@ def run_study(study: Study, *, local: bool = False, quiet: bool = False) -> Outc
         recorder = Recorder(session, tracker)
         results, startup = _evaluate(session, {}, counts, recorder, local=local, quiet=quiet)
         write_tables(session, results)
-        values = document(session, results, counts, 0.0) | {"startup_seconds": startup}
+        values = document(session, results, counts, 0.0) | {"startup_seconds": {"workers": startup}}
         values["model_version"] = _publish(session, {}, results, recorder, values)
         recorder.tracker.close()
     values["wall_seconds"] = time.perf_counter() - started
@@ -80,7 +80,7 @@ def _evaluate(
     quiet: bool,
     ray_is_up: bool = False,
 ) -> tuple[list[OrderResult], float]:
-    """Walk the evaluation orders under one setting; results, and seconds until the first stage was there."""
+    """Walk the evaluation orders under one setting; results, and the seconds that its workers took to start."""
     orders = session.evaluate_orders
     works = {work.name: work for work in orders}
     total = len(orders) * stages_of(session.study, len(session.bench.tasks))
@@ -101,9 +101,9 @@ def _evaluate(
     if failures or len(results) < len(orders):
         recorder.trial_done("chosen", "FAILED", {}, {"reason": "; ".join(failures)})
         raise StageError("; ".join(failures) or "some evaluation orders have no result; run the same command again")
-    means = {key: sum(getattr(one.result.summary, key) for one in results) / len(results) for key in ("a_last", "a_avg")}
+    means = {key: metric_block(results, key)["mean"] for key in ("a_last", "a_avg")}
     recorder.trial_done("chosen", "FINISHED", means, {})
-    return results, watcher.first_stage_seconds or 0.0
+    return results, watcher.worker_startup_seconds
 
 
 def _walk_here(session: Session, settings: Mapping[str, Any], watcher: Watcher) -> None:
@@ -151,7 +151,9 @@ def export_order(session: Session, settings: Mapping[str, Any], one: OrderResult
     wanted = [node for node in one.nodes if node.step == "consolidate"] + [one.nodes[-1]]
     artifacts = [session.store.read(node.key) for node in wanted]
     if any(artifact is None for artifact in artifacts):
-        raise ConfigError(f"stages of {one.work.name} are no longer in the store; run `orchestrate run` or `sweep` again")
+        raise ConfigError(
+            f"stages of {one.work.name} are no longer in the store; run `orchestrate run` or `sweep` again"
+        )
     *chain, evaluation = [artifact for artifact in artifacts if artifact is not None]
     run_settings = session.study.with_values(settings).run_settings()
     return write_merged(session.bench, run_settings, chain, evaluation, directory)
@@ -172,15 +174,16 @@ def sweep(study: Study, *, quiet: bool = False) -> Outcome:
         searcher = StudySearcher(session.study, session.space, session.folder / "optuna.db")
         recorder = Recorder(session, tracker)
         with ray_cluster(session.study):
+            driver_startup = time.perf_counter() - started
             counts, startup = _search(session, searcher, recorder, quiet)
             best = choose(searcher)
             settings = dict(best.user_attrs["settings"])
-            evaluated, _ = _evaluate(session, settings, counts, recorder, local=False, quiet=quiet, ray_is_up=True)
+            evaluated, more = _evaluate(session, settings, counts, recorder, local=False, quiet=quiet, ray_is_up=True)
         searched = _search_results(session, searcher)
         everything = [*searched, *evaluated]
         write_tables(session, everything)
         values = document(session, evaluated, counts, 0.0) | _search_values(searcher, best, everything, counts)
-        values["startup_seconds"] = startup
+        values["startup_seconds"] = {"driver": driver_startup, "workers": startup + more}
         values["model_version"] = _publish(session, settings, evaluated, recorder, values)
         tracker.close()
     values["wall_seconds"] = time.perf_counter() - started
@@ -202,7 +205,7 @@ def _search(session: Session, searcher: StudySearcher, recorder: Recorder, quiet
         works = {work.name: work for work in orders}
         watcher = Watcher(session, works, progress, recorder, counts, searcher)
         run_trials(session, [WorkList({}, orders)], watcher, "search", searcher, remaining)
-    return counts, watcher.first_stage_seconds or 0.0
+    return counts, watcher.worker_startup_seconds
 
 
 def choose(searcher: StudySearcher) -> FrozenTrial:
@@ -214,7 +217,9 @@ def choose(searcher: StudySearcher) -> FrozenTrial:
     study = searcher.optuna_study
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not complete:
-        reasons = {str(trial.user_attrs.get("reason", "no reason recorded")) for trial in study.get_trials(deepcopy=False)}
+        reasons = {
+            str(trial.user_attrs.get("reason", "no reason recorded")) for trial in study.get_trials(deepcopy=False)
+        }
         raise StageError(f"no setting finished all its orders: {'; '.join(sorted(reasons)) or 'no trial ran'}")
     front = study.best_trials
     sign = 1 if study.directions[0].name == "MAXIMIZE" else -1

@@ -15,7 +15,7 @@ from ray.tune.experiment import Trial
 
 from orchestrate.executors import tune_trial
 from orchestrate.progress import StudyProgress
-from orchestrate.recorder import Recorder
+from orchestrate.recorder import Recorder, RunStatus
 from orchestrate.results import read_order
 from orchestrate.searcher import StudySearcher
 from orchestrate.session import Session
@@ -49,8 +49,8 @@ class Watcher(Callback):
         self.session, self.works, self.progress = session, works, progress
         self.recorder, self.counts, self.searcher = recorder, counts, searcher
         self.ends: list[TrialEnd] = []
-        self.started = time.monotonic()
-        self.first_stage_seconds: float | None = None
+        self.worker_startup_seconds = 0.0  # summed over trials: from Tune's start of each to its first step
+        self._starts: dict[str, float] = {}
         self._seen: set[tuple[str, str, int]] = set()
         self.best: float | None = None
 
@@ -63,14 +63,18 @@ class Watcher(Callback):
             return "chosen"
         return f"trial-{self.searcher._numbers[trial.trial_id]:04d}"
 
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._starts[trial.trial_id] = time.monotonic()
+
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         name, settings = self._name(trial), dict(trial.config.get("settings", {}))
         for event in result.get("events", ()):
             place = (trial.trial_id, event["order"], event["position"])
-            if self.first_stage_seconds is None:
-                self.first_stage_seconds = time.monotonic() - self.started
+            if trial.trial_id in self._starts:
+                waited = time.monotonic() - self._starts.pop(trial.trial_id)
+                self.worker_startup_seconds += max(0.0, waited - sum(step["seconds"] for step in event["steps"]))
             if self.recorder is not None:
                 self.recorder.stage(name, settings, self.works[event["order"]].order, event)
             if place not in self._seen:  # a group that was started again walks its orders from the start
@@ -109,7 +113,7 @@ class Watcher(Callback):
             done = sum(place[0] == trial.trial_id for place in self._seen)
             self.progress.skip(max(0, expected - done) if self.searcher is not None else 0)
         if self.recorder is not None and self.searcher is not None:
-            status = "FINISHED" if error is None else "FAILED"
+            status: RunStatus = "FINISHED" if error is None else "FAILED"
             self.recorder.trial_done(name, status, metrics, {"reason": error} if error else {})
         self.ends.append(TrialEnd(name, settings, error, dict(result)))
 
@@ -164,7 +168,9 @@ def run_trials(
     # The trial itself only starts and watches its workers; at one CPU each, two of them would leave workers none.
     inline = resources.executor == "inline"
     asked: dict[str, float] = (
-        {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker} if inline else {"CPU": 0, "memory": 1024**2}
+        {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+        if inline
+        else {"CPU": 0, "memory": 1024**2}
     )
     tuner = tune.Tuner(
         tune.with_resources(tune_trial, asked),
@@ -194,5 +200,3 @@ def shards(orders: Sequence[OrderWork], settings: Mapping[str, Any], count: int)
     size = -(-len(ordered) // max(1, min(count, len(ordered))))
     parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     return [WorkList(dict(settings), tuple(part)) for part in parts]
-
-

@@ -174,5 +174,3 @@ def run_work(payload: Mapping[str, Any], report: Report, group: WorkerGroup | No
     study = parse_study(payload["study"], "the study of this trial")
     store = StageStore(payload["store"], writer={"torch": torch.__version__})
     return walk(study, WorkList.from_dict(payload["work"]), store, report, group or WorkerGroup.current())
-
-

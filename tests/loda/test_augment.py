@@ -28,6 +28,7 @@ def _augment(images_BCHW: Tensor, seed: int = 0, fill: float = 0.0, **settings: 
 def test_zero_settings_show_images_as_they_are() -> None:
     images_BCHW = _images()
     assert torch.equal(_augment(images_BCHW), images_BCHW)
+    assert torch.equal(_augment(images_BCHW, fill=1.0), images_BCHW)  # nothing lies beyond a border that isn't crossed
 
 
 def test_flip_alone_gives_the_image_or_its_mirror() -> None:
@@ -149,6 +150,16 @@ def test_crop_areas_and_ratios_are_spread_as_torchvisions(crop_scale: float) -> 
     assert our_areas.min() >= crop_scale * 0.99
     assert scipy.stats.ks_2samp(our_areas, areas).statistic < 0.05
     assert scipy.stats.ks_2samp(our_ratios, ratios).statistic < 0.05
+
+
+def test_a_stretch_changes_the_aspect_ratio_inside_the_image() -> None:
+    halves, centres = _windows(2000, stretch=1.5)
+    log_ratios = (halves[:, 0] / halves[:, 1]).log()
+    assert float((centres.abs() + halves).max()) <= 1 + 1e-4
+    assert float(log_ratios.abs().max()) <= math.log(1.5)
+    assert float(log_ratios.min()) < -0.15 < 0.15 < float(log_ratios.max())
+    with pytest.raises(ValueError, match="stretch"):
+        AugmentationSettings(stretch=1.5, crop_scale=0.5)
 
 
 def test_crop_centres_fill_what_room_there_is() -> None:

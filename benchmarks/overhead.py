@@ -1,0 +1,63 @@
+"""What share of a sweep's wall time isn't stage computation.
+
+    python benchmarks/overhead.py                    # the default sweep, in a folder of its own
+    python benchmarks/overhead.py study.yaml -s resources.executor=inline
+
+Runs ``orchestrate sweep`` as a user would and compares its wall time with the stage seconds that its workers measured,
+spread over the trials that ran at once. Start-up is what starting worker groups took, measured by each trial from its
+start in Tune to its first step, and the driver's own start; the rest is what the platform costs beside the stages,
+lanes that stand idle at the end of the search included. Targets for the default sweep on two cores: overhead under 25%
+of the wall time, start-up included, and under 0.15 s a stage beyond start-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def measure(arguments: list[str], folder: Path) -> dict[str, Any]:
+    """Run the sweep in ``folder``; seconds and shares."""
+    command = [sys.executable, "-m", "orchestrate.cli", "sweep", "--json", *arguments]
+    started = time.perf_counter()
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    wall = time.perf_counter() - started
+    values = json.loads(done.stdout)
+    lanes = values["concurrent_trials"]
+    computing = values["stage_seconds"] / lanes
+    overhead = wall - computing
+    startup = values["startup_seconds"]["driver"] + values["startup_seconds"]["workers"] / lanes
+    return {
+        "wall_seconds": wall,
+        "stage_seconds": values["stage_seconds"],
+        "concurrent_trials": lanes,
+        "stages_run": values["stages_run"],
+        "overhead_share": overhead / wall,
+        "startup_seconds": startup,
+        "overhead_per_stage_seconds": (overhead - startup) * lanes / max(1, values["stages_requested"]),
+        "ratio": overhead / wall,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    parser.add_argument("--folder", type=Path, help="where to run; default: a temporary folder")
+    args, rest = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        measured = measure(rest, args.folder or Path(temporary))
+    if args.json:
+        print(json.dumps(measured))
+        return
+    for name, value in measured.items():
+        print(f"{name:28} {value:10.3f}")
+
+
+if __name__ == "__main__":
+    main()
