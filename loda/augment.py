@@ -23,7 +23,9 @@ class AugmentationSettings(StrictModel):
 
     crop_scale: float = Field(1.0, gt=0, le=1, description="smallest area of a random resized crop, as a share")
     crop_ratio: float = Field(4 / 3, ge=1, le=4, description="largest aspect ratio of the crop")
-    stretch: float = Field(1.0, ge=1, le=4, description="largest aspect ratio of a random stretch (without crops)")
+    stretch: float = Field(
+        1.0, ge=1, le=4, description="random stretch: one side shows 1/sqrt(r) of the image, r up to this"
+    )
     flip: bool = Field(False, description="mirror half of the images")
     rotation: float = Field(0.0, ge=0, le=180, description="largest rotation, degrees either way")
     shear: float = Field(0.0, ge=0, le=45, description="largest shear, degrees either way")

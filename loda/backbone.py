@@ -128,13 +128,13 @@ class Backbone:
         }
 
     def attach_tensors(self, tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
-        """Attach trained branches again, from :meth:`branch_tensors` and the branches' scales by name."""
+        """Attach trained branches again, from :meth:`branch_tensors` and the branches' scales in their order."""
         self.attach()
-        for key in tensors:
-            layer, name, part = key.split("/")
-            if part == "down":
-                up_Or = tensors[f"{layer}/{name}/up"]
-                self.attached[layer].add(name, tensors[key], up_Or, scale=scales[name], train_down=False)
+        for layer, branched in self.attached.items():
+            for name, scale in scales.items():  # not the tensors' order: files keep them in one of their own
+                if f"{layer}/{name}/down" in tensors:
+                    down_rD, up_Or = tensors[f"{layer}/{name}/down"], tensors[f"{layer}/{name}/up"]
+                    branched.add(name, down_rD, up_Or, scale=scale, train_down=False)
 
     def branch_scales(self) -> dict[str, float]:
         """γ by branch name (the same in all layers)."""

@@ -11,8 +11,9 @@ from torch import Tensor
 class SecondMoment:
     """Streaming ``S = XᵀX / n`` for several layers of one width; rows of ``X`` are tokens.
 
-    Products are taken in the input's precision, a batch at a time, and summed in float64, so the order of
-    batches matters only by rounding, and two halves merge to the whole.
+    Products and sums are in float64, so the order of batches matters only by float64 rounding, and two halves merge
+    to the whole. Ours, because the error of float32 products exceeds the isolated subspace's ridge where a layer's
+    spectrum is steep: on DeiT-tiny's first layer it turned the subspace by 0.1.
 
     Args:
         width: D, the number of input features of each layer.
@@ -28,7 +29,7 @@ class SecondMoment:
 
     def update_layer(self, layer: int, x: Tensor) -> None:
         """Add one layer's inputs, shape (..., D)."""
-        x_ND = x.reshape(-1, self.width)
+        x_ND = x.reshape(-1, self.width).double()
         self.sums_LDD[layer] += x_ND.mT @ x_ND
         self.tokens_L[layer] += x_ND.shape[0]
 

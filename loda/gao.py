@@ -33,8 +33,10 @@ def _move(parameters: Sequence[Tensor], gradients: Sequence[Tensor], rho: float,
     norms = torch._foreach_norm(list(gradients))
     for parameter, gradient, norm in zip(parameters, gradients, norms, strict=True):
         # Published: the move has norm ρ. Ours ("relative"): norm ρ‖θ‖, so it shrinks with a small B.
-        length = rho * parameter.norm() if scale == "relative" else torch.as_tensor(rho)
-        parameter.sub_(gradient * (length / norm.clamp_min(torch.finfo(norm.dtype).tiny)))
+        length = torch.as_tensor(rho, dtype=norm.dtype, device=norm.device)
+        if scale == "relative":
+            length = rho * parameter.norm()
+        parameter.sub_(gradient * torch.where(norm > 0, length / norm, 0.0))  # no gradient, no move
 
 
 def gradient_aligned_step(

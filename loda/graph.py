@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from loda.errors import ConfigError
 from loda.methods import build_method
 from loda.settings import RunSettings
 from loda.stream import Task
@@ -66,6 +67,8 @@ def sequence_nodes(bench: Workbench, settings: RunSettings, order: Sequence[int]
     Keys depend only on what a step reads: orders that begin alike share their first stages, settings that differ in
     something a step doesn't read share that step.
     """
+    if len(bench.splits[split]) == 0:
+        raise ConfigError(f"stream.validation: no images to score on in the {split} split; set it above 0")
     method = build_method(settings.method)
     training, head = settings.training.model_dump(), settings.head
     nodes: list[StepNode] = []

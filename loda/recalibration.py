@@ -42,6 +42,6 @@ def recalibration(
     if kind == "full":
         total_rr = G_old_rr + G_new_rr
         # Directions without any energy leave the sum singular; a ridge at rounding level keeps the solve finite.
-        scale = total_rr.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-300)
+        scale = total_rr.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(1e-280)
         return torch.linalg.solve(total_rr + 1e-13 * scale * eye_rr, G_new_rr, left=False)
     raise ValueError(f"recalibration must be 'diagonal', 'full' or 'none', but got {kind!r}")

@@ -58,7 +58,12 @@ def load_run_settings(source: RunSettings | Mapping[str, Any] | str | Path | Non
         path = Path(source)
         if not path.is_file():
             raise ConfigError(f"no study file {str(path)!r}")
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        try:
+            values = yaml.safe_load(path.read_bytes()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{path}: expected a mapping of sections, but got {type(values).__name__}")
     platform = {"name", "orders", "search", "resources", "tracking", "racing"}
     try:
         return RunSettings(**{key: value for key, value in values.items() if key not in platform})
@@ -81,7 +86,7 @@ def summarise(order: Sequence[int], nodes: Sequence[StepNode], artifacts: Mappin
     counts = np.asarray(rows[-1].meta["count"], dtype=np.int64)
     seconds = sum(artifacts[n.key].timings.get("seconds", 0.0) for n in nodes if n.key in artifacts)
     scores = [100 * np.asarray(row.meta["correct"]) / np.asarray(row.meta["count"]) for row in rows]
-    if len(rows) == 1 and len(counts) > 1:  # joint: one stage, scored task by task; nothing before it to compare with
+    if "probe_before" not in rows[0].meta:  # joint: one stage, scored task by task; nothing before it to compare with
         matrix = np.asarray([[100 * sum(rows[0].meta["correct"]) / counts.sum()]])
         summary = accuracy_matrix_summary(matrix, counts.sum(keepdims=True))
         matrix = scores[0][None]
@@ -140,7 +145,7 @@ def run_sequence(
         >>> result.summary.a_last, result.state_digest  # doctest: +SKIP
     """
     settings = load_run_settings(study)
-    bench = bench or open_workbench(settings)
+    bench = open_workbench(settings) if bench is None else bench.with_settings(settings)
     order = tuple(range(len(bench.tasks))) if order is None else tuple(order)
     if sorted(order) != list(range(len(bench.tasks))):
         raise ConfigError(f"order: expected each task from 0 to {len(bench.tasks) - 1} once, but got {list(order)}")

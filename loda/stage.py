@@ -64,7 +64,7 @@ def run_step(
     timings = {"seconds": time.perf_counter() - started}
     if epoch_seconds:
         timings |= {f"epoch_{index + 1}": seconds for index, seconds in enumerate(epoch_seconds)}
-    return Artifact(tensors, {"step": node.step, "prefix": list(node.prefix)} | meta, timings)
+    return Artifact(tensors, {"step": node.step} | meta, timings)
 
 
 def _method_at(bench: Workbench, chain: Chain) -> Method:
@@ -76,6 +76,8 @@ def _method_at(bench: Workbench, chain: Chain) -> Method:
 
 
 def _draw_names(bench: Workbench, node: StepNode) -> tuple[object, ...]:
+    if build_method(bench.settings.method).joint:  # how classes are cut into tasks doesn't matter to it
+        return (stage_classes(bench.settings, bench.tasks, node.prefix),)
     return tuple(bench.tasks[index].classes for index in node.prefix)
 
 
@@ -133,7 +135,7 @@ def _adapt(
     )
     tensors = {f"branch/{name}": tensor for name, tensor in backbone.branch_tensors().items()}
     tensors["head"] = head.weight.detach()
-    meta = {"losses": log.losses, "scales": backbone.branch_scales(), "trainable_parameters": trainable}
+    meta = {"losses": log.losses, "scales": list(backbone.branch_scales().items()), "trainable_parameters": trainable}
     return tensors, meta | {"facts": method.facts, "epoch_seconds": log.seconds}
 
 
@@ -153,7 +155,7 @@ def _consolidate(
     if method.trains:
         backbone.load_merges(method.weights_in_training(earlier))
         branches = {n.removeprefix("branch/"): t for n, t in trained.tensors.items() if n.startswith("branch/")}
-        backbone.attach_tensors(branches, trained.meta["scales"])
+        backbone.attach_tensors(branches, dict(trained.meta["scales"]))
         adapted = None
         if method.reobserves and node.position > 0:
             _, adapted = bench.pass_over(images_NCHW, record_moments=True)

@@ -105,6 +105,12 @@ def train_task(
                     "diverged; lower training.lr (or, for LoDA, method.rho_max)"
                 )
         schedule.step()
+        # The loss is taken before the step: what the last step led to is only seen in the weights.
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in (*branch_parameters, *head_parameters)):
+            raise StageError(
+                f"the weights are no longer finite after epoch {epoch + 1} of {training.epochs}: training diverged; "
+                "lower training.lr (or, for LoDA, method.rho_max)"
+            )
         losses.append(total / batches)
         seconds.append(time.perf_counter() - started)
         if on_epoch is not None:
@@ -126,7 +132,7 @@ def _batch(
     def loss_of(indices: Tensor) -> Tensor:
         share = group.share(indices)
         if len(share) == 0:  # more workers than images: an empty share still has a (zero) gradient to sum
-            return torch.stack([parameter.sum() for parameter in parameters]).sum() * 0
+            return torch.stack([(parameter * 0).sum() for parameter in parameters]).sum()
         whole = len(share) == len(labels_B)
         features = model.features(inputs_BCHW if whole else inputs_BCHW[share])
         labels = labels_B if whole else labels_B[share]

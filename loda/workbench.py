@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,17 @@ class Workbench:
     root_key: str
     _decoded: dict[int, Tensor] = field(default_factory=dict)
     frozen_probes: dict[tuple[Any, ...], float] = field(default_factory=dict)
+
+    def with_settings(self, settings: RunSettings) -> Workbench:
+        """The same data and backbone under other settings.
+
+        Raises:
+            ConfigError: they ask for other data, another backbone or other computing.
+        """
+        for section in ("stream", "backbone", "compute"):
+            if getattr(settings, section) != getattr(self.settings, section):
+                raise ConfigError(f"{section}: differs from what this workbench was opened with; open another one")
+        return dataclasses.replace(self, settings=settings)
 
     def indices(self, classes: Sequence[int], split: str) -> np.ndarray:
         """Rows of these classes in a split, in file order."""

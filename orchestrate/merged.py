@@ -80,7 +80,7 @@ def write_merged(
         "continual_learning": {
             "method": settings.method.name,
             "classifier": evaluation.meta["classifier"],
-            "tasks": [bench.tasks[index].name for index in evaluation.meta["prefix"]],
+            "tasks": _tasks_in_order(bench, classes),
             "classes": classes,
             "state_digest": chain[-1].digest,
             "dataset": bench.dataset.name,
@@ -96,6 +96,13 @@ def write_merged(
         },
     )
     return config
+
+
+def _tasks_in_order(bench: Workbench, classes: Sequence[int]) -> list[str]:
+    """Names of the learned tasks, in the order in which their classes stand in the head."""
+    position = {label: index for index, label in enumerate(classes)}
+    learned = [task for task in bench.tasks if task.classes[0] in position]
+    return [task.name for task in sorted(learned, key=lambda task: position[task.classes[0]])]
 
 
 def _plain_timm(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

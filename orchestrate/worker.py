@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
 from collections import OrderedDict
@@ -38,7 +37,7 @@ def bench_for(settings: RunSettings, group: WorkerGroup) -> Workbench:
         _benches.clear()
         _benches[key] = open_workbench(settings, group)
     torch.set_num_threads(settings.compute.threads)
-    return dataclasses.replace(_benches[key], settings=settings)
+    return _benches[key].with_settings(settings)
 
 
 class Walker:

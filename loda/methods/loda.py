@@ -148,6 +148,7 @@ class Loda(Method):
                 self.facts.setdefault("recalibration_mean", {})[name] = float(matrix_rr.diagonal().mean())
                 up_Or = (general.up.detach().to(torch.float64) @ matrix_rr).to(general.up.dtype)
                 factors[f"{name}.up"] = torch.cat([general.scale * up_Or, isolated.scale * isolated.up.detach()], dim=1)
+                factors[f"{name}.down"] = torch.cat([general.down.detach(), isolated.down.detach()])
         return factors
 
     def end_task(self, observation: Observation, adapted: LayerMoments | None, merged: LayerMoments | None) -> None:
