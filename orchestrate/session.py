@@ -35,6 +35,8 @@ def absolute_study(study: Study) -> Study:
         "resources.store": store if "://" in store else str(Path(store).expanduser().absolute()),
         "resources.runs": str(Path(study.resources.runs).expanduser().absolute()),
     }
+    if Path(study.search.space).is_file():
+        changes["search.space"] = str(Path(study.search.space).absolute())
     if weights not in (None, "random"):
         changes["backbone.weights"] = str(Path(str(weights)).expanduser().absolute())
     if study.orders.file is not None:

@@ -53,6 +53,7 @@ class Walker:
         self.bench, self.store, self.owner = bench, store, owner
         self._memory: OrderedDict[str, Artifact] = OrderedDict()
         self._nodes: dict[str, StepNode] = {}
+        self.computed: dict[str, float] = {}  # seconds of what was computed here and isn't reported yet
 
     def _remember(self, key: str, artifact: Artifact) -> Artifact:
         self._memory[key] = artifact
@@ -78,14 +79,14 @@ class Walker:
                 return self._remember(key, artifact)
             self.ensure(self._nodes[key])
 
-    def ensure(self, node: StepNode) -> bool:
-        """Have the step stored; True if it was computed here."""
+    def ensure(self, node: StepNode) -> None:
+        """Have the step stored, computing it if nobody has or does."""
         self._nodes[node.key] = node
         leader = self.bench.group.rank == 0
         while True:
             # Only the first worker asks the store and holds the lease; the others do as it does.
             if not self._agreed(not (leader and self.store.has(node.key))):
-                return False
+                return
             lease = self.store.acquire_or_wait(node.key, self.owner) if leader else None
             try:
                 if not self._agreed(not leader or lease is not None):
@@ -96,7 +97,8 @@ class Walker:
                     self.store.write(node.key, artifact, node.step)
                 self._agreed(True)  # nobody goes on before it is stored
                 self._remember(node.key, artifact)
-                return True
+                self.computed[node.key] = artifact.timings["seconds"]
+                return
             finally:
                 if lease is not None:
                     lease.release()
@@ -124,19 +126,30 @@ def walk(study: Study, work: WorkList, store: StageStore, report: Report, group:
     results: dict[str, SequenceResult] = {}
     for order in work.orders:
         nodes = all_nodes[order.name]
-        records: list[dict[str, Any]] = []
+        stage: list[StepNode] = []
         for node in nodes:
-            ran = walker.ensure(node)
-            seconds = walker.fetch(node.key).timings.get("seconds", 0.0) if ran else 0.0
-            records.append({"step": node.step, "key": node.key, "ran": ran, "seconds": seconds})
+            walker.ensure(node)
+            stage.append(node)
+            if node.step in ("consolidate", "evaluate"):
+                walker.fetch(
+                    node.key
+                )  # what the results rest on is read, and so checked, even if nothing here needs it
             if node.step == "evaluate":
-                event = {"order": order.name, "position": node.position, "steps": records}
-                report({"events": [event], "finished": False})
-                records = []
+                report({"events": [_event(order.name, stage, walker)], "finished": False})
+                stage = []
         wanted = [node.key for node in nodes if node.step == "evaluate"]
         wanted.append(next(node.key for node in reversed(nodes) if node.step == "consolidate"))
         results[order.name] = summarise(order.order, nodes, {key: walker.fetch(key) for key in wanted})
     return final_report(chosen, results, _stage_seconds(store, all_nodes))
+
+
+def _event(order: str, stage: list[StepNode], walker: Walker) -> dict[str, Any]:
+    """A finished stage: which of its steps were computed here, and in how many seconds."""
+    records = []
+    for node in stage:
+        seconds = walker.computed.pop(node.key, None)
+        records.append({"step": node.step, "key": node.key, "ran": seconds is not None, "seconds": seconds or 0.0})
+    return {"order": order, "position": stage[-1].position, "steps": records}
 
 
 def _stage_seconds(store: StageStore, nodes: Mapping[str, list[StepNode]]) -> list[float]:

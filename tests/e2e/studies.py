@@ -24,7 +24,7 @@ from tests.conftest import TINY_VIT
 SEARCH_SPACE = {
     "method": "loda",
     "parameters": {
-        "training.lr": {"type": "float", "low": 0.005, "high": 0.5, "log": True},
+        "training.lr": {"type": "float", "low": 0.001, "high": 0.5, "log": True},
         "method.recalibration": {"type": "categorical", "choices": ["diagonal", "none"]},
     },
 }
@@ -39,7 +39,7 @@ def study_values(parquet: Path, **sections: Any) -> dict[str, Any]:
         "stream": {"dataset": f"parquet:{parquet}", "tasks": TASKS, "partition": "random", "validation": 0.25},
         "backbone": {**TINY_VIT, "target": ["attn.qkv", "mlp.fc2"]},
         "method": {"name": "loda", "rank_general": 4, "rank_isolated": 4, "rho_max": 0.02},
-        "training": {"epochs": 1, "batch_size": 6, "lr": 0.02},
+        "training": {"epochs": 1, "batch_size": 6, "lr": 0.004},
         "head": {"start": "class_means", "classifier": "lda"},
         "compute": {"device": "cpu", "threads": 1, "batch_size": 16},
         "orders": {"tune": 1, "evaluate": 2},
