@@ -121,6 +121,7 @@ class Study(RunSettings):
         for section in ("resources", "tracking"):
             values.pop(section)
         values["workers"] = self.resources.workers
+        values["search"]["space"] = Path(self.search.space).name  # not where the file lies
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def with_values(self, values: Mapping[str, Any]) -> Study:

@@ -131,9 +131,7 @@ def walk(study: Study, work: WorkList, store: StageStore, report: Report, group:
             walker.ensure(node)
             stage.append(node)
             if node.step in ("consolidate", "evaluate"):
-                walker.fetch(
-                    node.key
-                )  # what the results rest on is read, and so checked, even if nothing here needs it
+                walker.fetch(node.key)  # what the results rest on is read, and so checked
             if node.step == "evaluate":
                 report({"events": [_event(order.name, stage, walker)], "finished": False})
                 stage = []
