@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+from loda.errors import StageError
 from loda.graph import sequence_nodes
 from loda.run import SequenceResult, run_nodes, summarise
 from loda.settings import RunSettings
@@ -66,7 +67,7 @@ class Row:
 
     name: str
     chosen: dict[str, float]
-    grid: list[dict[str, float]] = field(default_factory=list)
+    grid: list[dict[str, Any]] = field(default_factory=list)
     orders: list[dict[str, Any]] = field(default_factory=list)
 
     def values(self, metric: str) -> np.ndarray | None:
@@ -174,16 +175,24 @@ def choose(
     metric: str,
 ) -> Row:
     """Score the contender's grid on validation images; the first of equal settings wins."""
-    grid: list[dict[str, float]] = []
+    grid: list[dict[str, Any]] = []
     if contender.lr is not None:
         for margin in args.margins:
             for lr in learning_rates(contender.lr, args.grid):
                 chosen = {"lr": lr, "margin": margin}
-                results = run_orders(bench, settings_of(base, contender.method, chosen), tune, "validation")
-                score = float(np.mean([getattr(result.summary, metric) for result in results]))
+                score: float | None = None
+                try:
+                    results = run_orders(bench, settings_of(base, contender.method, chosen), tune, "validation")
+                    score = float(np.mean([getattr(result.summary, metric) for result in results]))
+                except StageError as error:  # diverged on an order: not a candidate, and on record as such
+                    print(f"  {contender.name}: {error}", file=sys.stderr)
                 grid.append(chosen | {f"validation_{metric}": score})
-                print(f"  {contender.name}: lr {lr:g}, margin {margin:g}: {metric} {score:.2f}", file=sys.stderr)
-    best = max(grid, key=lambda point: point[f"validation_{metric}"]) if grid else {}
+                shown = "failed" if score is None else f"{metric} {score:.2f}"
+                print(f"  {contender.name}: lr {lr:g}, margin {margin:g}: {shown}", file=sys.stderr)
+    finished = [point for point in grid if point[f"validation_{metric}"] is not None]
+    if grid and not finished:
+        raise SystemExit(f"{contender.name}: every setting of the grid failed; the messages are above")
+    best = max(finished, key=lambda point: point[f"validation_{metric}"]) if finished else {}
     return Row(contender.name, {key: best[key] for key in ("lr", "margin") if key in best}, grid)
 
 

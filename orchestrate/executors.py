@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from orchestrate.study import ResourceSettings
@@ -48,15 +49,29 @@ def _train_worker(payload: dict[str, Any]) -> None:
 
 
 def train_executor(payload: dict[str, Any], resources: ResourceSettings, name: str, storage: str) -> None:
-    """Walk the list in a Ray Train worker group, one for all orders; reports go on to Tune.
+    """Walk the list in a Ray Train worker group, one for all orders; its reports go on to Tune.
+
+    Ours instead of Ray's TuneReportCallback, which can hang: Tune's thread takes the last report from Ray's queue and
+    waits to hand it on in a slot that the finished training function has just filled.
 
     Raises:
         RuntimeError: the group failed more often than ``resources.max_failures`` allows.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray import tune
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
+    from ray.util.queue import Empty, Queue
 
+    class Forward(UserCallback):
+        """Runs in Train's controller: what the first worker reports goes into the trial's queue."""
+
+        def __init__(self, reports: Queue) -> None:
+            self.reports = reports
+
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            self.reports.put(metrics[0])
+
+    reports = Queue(actor_options={"num_cpus": 0})
     per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
@@ -72,10 +87,21 @@ def train_executor(payload: dict[str, Any], resources: ResourceSettings, name: s
             name=name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=resources.max_failures),
-            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+            callbacks=[Forward(reports)],  # type: ignore[list-item]
         ),
     )
-    trainer.fit()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        group = pool.submit(trainer.fit)
+        over = False
+        while not over:
+            over = group.done()  # asked before the queue: whatever was reported by then is still taken
+            try:
+                while True:
+                    tune.report(reports.get(timeout=0.2))
+            except Empty:
+                pass
+    reports.shutdown()
+    group.result()
 
 
 def inline_executor(payload: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:

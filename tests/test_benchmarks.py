@@ -29,7 +29,7 @@ def run_script(name: str, *arguments: object, folder: Path) -> str:
 
 @pytest.fixture
 def tiny_study(tiny_settings: SettingsFactory, tmp_path: Path) -> Path:
-    """A study file over the drawn shapes: three tasks, two epochs."""
+    """A study file over the drawn shapes: three tasks, one epoch."""
     settings = tiny_settings(training={"epochs": 1}, head={"start": "class_means", "classifier": "lda"})
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({"name": "tiny", **json.loads(settings.model_dump_json())}), encoding="utf-8")
@@ -89,6 +89,29 @@ def test_an_order_in_the_comparison_is_the_order_run_alone(tiny_study: Path, tmp
     for entry in row["orders"]:
         alone = loda.run_sequence(tiny_study, order=entry["order"])
         assert (alone.state_digest, alone.summary.a_last) == (entry["state_digest"], entry["a_last"])
+
+
+def test_a_setting_that_diverges_is_no_candidate(tiny_study: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(tiny_study.read_text(encoding="utf-8"))
+    values["training"]["lr"] = 1e30
+    tiny_study.write_text(yaml.safe_dump(values), encoding="utf-8")
+    arguments = [
+        "--orders",
+        "2",
+        "--tune-orders",
+        "1",
+        "--grid",
+        "1",
+        "--margins",
+        "0",
+        "--out",
+        str(tmp_path / "kept"),
+    ]
+    command = [sys.executable, str(ROOT / "benchmarks" / "comparison.py"), str(tiny_study), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "diverged" in done.stderr and "loda: every setting of the grid failed" in done.stderr
+    assert not (tmp_path / "kept").exists()
 
 
 def test_the_comparisons_table_names_every_method(tiny_study: Path, tmp_path: Path) -> None:
