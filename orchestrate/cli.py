@@ -262,9 +262,10 @@ def main() -> None:
         errors.print(f"[red]failed:[/red] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         errors.print(f"Finished stages are kept; go on with: {again}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        errors.print(f"\nStopped. Finished stages are kept; go on with: {again}", highlight=False, soft_wrap=True)
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == 130:  # typer has made this of the KeyboardInterrupt
+            errors.print(f"\nStopped. Finished stages are kept; go on with: {again}", highlight=False, soft_wrap=True)
+        raise
 
 
 def _escaped(text: str) -> str:
