@@ -22,18 +22,20 @@ from pathlib import Path
 from typing import Any
 
 
-def measure(arguments: list[str], folder: Path) -> dict[str, Any]:
-    """Run the sweep in ``folder``; seconds and shares."""
-    command = [sys.executable, "-m", "orchestrate.cli", "sweep", "--json", *arguments]
+def measure(arguments: list[str], folder: Path) -> tuple[dict[str, Any], str]:
+    """Run the sweep in ``folder``; seconds and shares, and the table that it ended with."""
+    orchestrate = [sys.executable, "-m", "orchestrate.cli"]
     started = time.perf_counter()
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [*orchestrate, "sweep", *arguments], cwd=folder, stdout=subprocess.PIPE, text=True, check=True
+    )
     wall = time.perf_counter() - started
-    values = json.loads(done.stdout)
+    values = json.loads(next(folder.glob("runs/*/summary.json")).read_bytes())
     lanes = values["concurrent_trials"]
     computing = values["stage_seconds"] / lanes
     overhead = wall - computing
     startup = values["startup_seconds"]["driver"] + values["startup_seconds"]["workers"] / lanes
-    return {
+    measured = {
         "wall_seconds": wall,
         "stage_seconds": values["stage_seconds"],
         "concurrent_trials": lanes,
@@ -43,6 +45,7 @@ def measure(arguments: list[str], folder: Path) -> dict[str, Any]:
         "overhead_per_stage_seconds": (overhead - startup) * lanes / max(1, values["stages_requested"]),
         "ratio": overhead / wall,
     }
+    return measured, done.stdout
 
 
 def main() -> None:
@@ -51,10 +54,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to run; default: a temporary folder")
     args, rest = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
-        measured = measure(rest, args.folder or Path(temporary))
+        measured, table = measure(rest, args.folder or Path(temporary))
     if args.json:
         print(json.dumps(measured))
         return
+    print(table)
     for name, value in measured.items():
         print(f"{name:28} {value:10.3f}")
 
