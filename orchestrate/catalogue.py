@@ -75,7 +75,7 @@ def export_study(folder: Path, directory: Path, order: str | None) -> dict[str, 
     if not summary.is_file():
         raise ConfigError(f"{study.name} has no result yet; `orchestrate resume {study.name}` goes on")
     settings = json.loads(summary.read_bytes()).get("best", {}).get("settings", {})
-    session = open_session(study, search=False, command="export")
+    session = open_session(study, search=False)
     works = {work.name: work for work in session.evaluate_orders}
     name = order or next(iter(works))
     if name not in works:

@@ -40,7 +40,7 @@ def examine(study: Study) -> dict[str, Any]:
     from orchestrate.store import StageStore
 
     def study_opens() -> str:
-        session = open_session(study, search=True, command="doctor")
+        session = open_session(study, search=True)
         bench = session.bench
         images = len(bench.dataset)
         return (

@@ -19,7 +19,7 @@ def make_plan(study: Study) -> dict[str, Any]:
     Raises:
         ConfigError: bad settings, all at once.
     """
-    session = open_session(study, search=True, command="plan")
+    session = open_session(study, search=True)
     stages = stages_of(session.study, len(session.bench.tasks))
     own = {
         "evaluate": [node for work in session.evaluate_orders for node in session.nodes({}, work)],

@@ -89,12 +89,11 @@ class Session:
         }
 
 
-def open_session(study: Study, *, search: bool, command: str) -> Session:
+def open_session(study: Study, *, search: bool) -> Session:
     """Validate everything that can be validated before work starts, and load data and backbone.
 
     Args:
         search: whether the study's search space is needed.
-        command: for the record in the run folder.
 
     Raises:
         ConfigError: every problem at once.
@@ -127,7 +126,7 @@ def open_session(study: Study, *, search: bool, command: str) -> Session:
     order_plan = design_orders(
         orders.design,
         len(bench.tasks),
-        orders.tune if search else min(orders.tune, 0 if orders.design == "all" else orders.tune),
+        orders.tune,  # also where nothing is searched: the evaluation orders must be the same ones
         orders.evaluate,
         orders.seed,
         file=orders.file,

@@ -52,7 +52,7 @@ def run_study(study: Study, *, local: bool = False, quiet: bool = False) -> Outc
         StageError: an order failed.
     """
     started = time.perf_counter()
-    session = open_session(study, search=False, command="run")
+    session = open_session(study, search=False)
     if local and study.resources.workers > 1:
         raise ConfigError("resources.workers: --local walks in one process; set workers to 1")
     claim_folder(session)
@@ -167,7 +167,7 @@ def sweep(study: Study, *, quiet: bool = False) -> Outcome:
         StageError: every setting failed, or the chosen one failed on an evaluation order.
     """
     started = time.perf_counter()
-    session = open_session(study, search=True, command="sweep")
+    session = open_session(study, search=True)
     assert session.space is not None
     claim_folder(session)
     with _open_tracker(session) as tracker:
