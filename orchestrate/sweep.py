@@ -22,7 +22,7 @@ from orchestrate.searcher import StudySearcher
 from orchestrate.session import Session, claim_folder, open_session, write_atomic
 from orchestrate.study import Study
 from orchestrate.tracking import Tracker
-from orchestrate.trials import Watcher, run_trials, shards, short
+from orchestrate.trials import Watcher, run_trials, shards
 from orchestrate.work import StageCounts, WorkList, stages_of
 from orchestrate.worker import run_work
 
@@ -61,7 +61,9 @@ def run_study(study: Study, *, local: bool = False, quiet: bool = False) -> Outc
         recorder = Recorder(session, tracker)
         results, startup = _evaluate(session, {}, counts, recorder, local=local, quiet=quiet)
         write_tables(session, results)
-        values = document(session, results, counts, 0.0) | {"startup_seconds": {"workers": startup}}
+        values = document(session, results, counts, time.perf_counter() - started) | {
+            "startup_seconds": {"workers": startup}
+        }
         values["model_version"] = _publish(session, {}, results, recorder, values)
         recorder.tracker.close()
     values["wall_seconds"] = time.perf_counter() - started
@@ -182,7 +184,9 @@ def sweep(study: Study, *, quiet: bool = False) -> Outcome:
         searched = _search_results(session, searcher)
         everything = [*searched, *evaluated]
         write_tables(session, everything)
-        values = document(session, evaluated, counts, 0.0) | _search_values(searcher, best, everything, counts)
+        values = document(session, evaluated, counts, time.perf_counter() - started) | _search_values(
+            searcher, best, everything
+        )
         values["startup_seconds"] = {"driver": driver_startup, "workers": startup + more}
         values["model_version"] = _publish(session, settings, evaluated, recorder, values)
         tracker.close()
@@ -237,9 +241,7 @@ def _search_results(session: Session, searcher: StudySearcher) -> list[OrderResu
     return found
 
 
-def _search_values(
-    searcher: StudySearcher, best: FrozenTrial, everything: Sequence[OrderResult], counts: StageCounts
-) -> dict[str, Any]:
+def _search_values(searcher: StudySearcher, best: FrozenTrial, everything: Sequence[OrderResult]) -> dict[str, Any]:
     trials = searcher.optuna_study.get_trials(deepcopy=False)
     states = [trial.state.name.lower() for trial in trials]
     keys = [node.key for one in everything for node in one.nodes]
@@ -258,8 +260,3 @@ def _search_values(
             "distinct_steps": len(set(keys)),
         },
     }
-
-
-def best_line(values: Mapping[str, Any]) -> str:
-    """The chosen setting on one line."""
-    return short(values["best"]["settings"])

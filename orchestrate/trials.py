@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,6 @@ from orchestrate.results import read_order
 from orchestrate.searcher import StudySearcher
 from orchestrate.session import Session
 from orchestrate.work import OrderWork, StageCounts, WorkList
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
