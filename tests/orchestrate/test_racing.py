@@ -70,7 +70,7 @@ def test_one_order_decides_nothing_and_min_orders_is_kept() -> None:
 def test_a_setting_with_a_better_objective_is_not_stopped_for_a_lower_mean() -> None:
     """The objective is the worst order: a setting that is lower elsewhere, but not there, stays in the race."""
     worst = ObjectiveSettings(metric="a_avg", across_orders="worst")
-    steady = {name: 70.5 for name in GOOD}
+    steady = dict.fromkeys(GOOD, 70.5)
     assert paired_p_value(list(steady.values()), list(GOOD.values()), "t") < 0.1
     for objective, stays in ((worst, True), (MEAN, False)):
         one = race(objective)
