@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from loda.branch import BranchedLinear, attach, detach
 from loda.errors import ConfigError
@@ -64,6 +65,9 @@ class Backbone:
             raise ConfigError(f"backbone.target: no linear layer ends in {unmatched}; this backbone has {linear}")
         self.original = {name: self._linear(name).weight.detach().clone() for name in self.layers}
         self.attached: dict[str, BranchedLinear] = {}
+        self.shared = nn.ModuleDict()  # what a method attaches once for all layers, such as gates
+        self.tasks_B: Tensor | None = None  # of the images that are passing, where a method knows them
+        self._hooks: list[RemovableHandle] = []
         self.layers_by_width: dict[int, tuple[str, ...]] = {}
         for name in self.layers:
             width = self._linear(name).in_features
@@ -93,8 +97,9 @@ class Backbone:
         """Float images in [0, 1] as the backbone wants them."""
         return (images_BCHW - self._mean) / self._std
 
-    def features(self, images_BCHW: Tensor) -> Tensor:
-        """(B, D) features after the final norm, of normalised images."""
+    def features(self, images_BCHW: Tensor, tasks_B: Tensor | None = None) -> Tensor:
+        """(B, D) features after the final norm, of normalised images; ``tasks_B`` is for methods that need the id."""
+        self.tasks_B = tasks_B
         return self.model(images_BCHW)
 
     def load_merges(self, merges: Sequence[Mapping[str, Tensor]]) -> None:
@@ -114,9 +119,18 @@ class Backbone:
         self.attached = attach(self.model, self.layers)
 
     def detach(self) -> None:
-        """Take all branches off; the backbone is plain again."""
+        """Take all branches, shared modules and hooks off; the backbone is plain again."""
         detach(self.model, self.attached)
         self.attached = {}
+        self.shared = nn.ModuleDict()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def on_patch_tokens(self, read: Callable[[Tensor], None]) -> None:
+        """Until :meth:`detach`, hand the frozen patch embedding (B, N, D) of every pass to ``read``."""
+        embedding = self.model.get_submodule("patch_embed")
+        self._hooks.append(embedding.register_forward_hook(lambda module, inputs, tokens_BND: read(tokens_BND)))
 
     def branch_tensors(self) -> dict[str, Tensor]:
         """Every branch tensor, as ``<layer>/<branch>/<down|up>``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, ValuesView
+from collections.abc import Callable, ItemsView, ValuesView
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,15 +42,21 @@ class Branches(nn.ModuleDict):
 
 
 class BranchedLinear(nn.Module):
-    """A frozen linear layer with named branches: ``h = W x + Σ γ_k B_k A_k x``.
+    """A frozen linear layer with named branches: ``h = W x + Σ γ_k w_k(x) B_k A_k x``, all ``w_k = 1`` by default.
 
     The branches are stacked, ``A = [A_1; A_2]`` and ``B = [γ_1 B_1, γ_2 B_2]``: two thin products for any number.
+
+    Attributes:
+        weigh: gives the ``w_k`` of the layer's input (B, N, d_in), as (B or 1, branches): gates, routing.
+        extra: a module whose output is added, for updates that aren't sums of branches.
     """
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base
         self.branches = Branches()
+        self.weigh: Callable[[Tensor], Tensor] | None = None
+        self.extra: Callable[[Tensor], Tensor] | None = None
 
     def add(self, name: str, down_rD: Tensor, up_Or: Tensor | None = None, *, scale: float, train_down: bool) -> None:
         """Attach a branch; ``up`` starts at zero unless given."""
@@ -60,7 +66,7 @@ class BranchedLinear(nn.Module):
         self.branches[name] = Branch(down_rD.to(weight), up_Or.to(weight), scale, train_down)
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base(x)
+        base = self.base(x) if self.extra is None else self.base(x) + self.extra(x)
         branches = list(self.branches.values())
         if not branches:
             return base
@@ -70,7 +76,12 @@ class BranchedLinear(nn.Module):
         else:
             down_rD = torch.cat([branch.down for branch in branches])
             up_Or = torch.cat([branch.scale * branch.up for branch in branches], dim=1)
-        return base + F.linear(F.linear(x, down_rD), up_Or)
+        narrow_BNr = F.linear(x, down_rD)
+        if self.weigh is not None:
+            ranks = torch.tensor([branch.down.shape[0] for branch in branches], device=x.device)
+            weights_Br = self.weigh(x).repeat_interleave(ranks, dim=1, output_size=down_rD.shape[0])
+            narrow_BNr = narrow_BNr * weights_Br[:, None]
+        return base + F.linear(narrow_BNr, up_Or)
 
 
 def attach(model: nn.Module, layers: list[str]) -> dict[str, BranchedLinear]:

@@ -85,6 +85,9 @@ def sequence_nodes(bench: Workbench, settings: RunSettings, order: Sequence[int]
                 "training": training,
                 "head": {"start": head.start, "scale": head.scale, "margin": head.margin},
             }
+        groups = [bench.tasks[index].classes for index in prefix]
+        if method.knows_tasks:  # to other joint methods it doesn't matter how classes are cut into tasks
+            adapt_reads["tasks"] = groups
         adapt = canonical_digest(
             {"step": "adapt", "observe": observe, "method": [method.name, method.version], **adapt_reads}
         )
@@ -104,7 +107,6 @@ def sequence_nodes(bench: Workbench, settings: RunSettings, order: Sequence[int]
                 "head": head_reads,
             }
         )
-        groups = [bench.tasks[index].classes for index in prefix]
         classifier = classifier_choice(settings)
         evaluate = canonical_digest(
             {

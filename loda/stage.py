@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,6 +76,14 @@ def _method_at(bench: Workbench, chain: Chain) -> Method:
     return method
 
 
+def _tasks_of(bench: Workbench, method: Method, node: StepNode, rows: np.ndarray) -> Tensor | None:
+    """Which task of the prefix each image is of, (n,) int64, where the method may know it."""
+    if not (method.knows_tasks or method.needs_task_id):
+        return None
+    task_of = {label: t for t, index in enumerate(node.prefix) for label in bench.tasks[index].classes}
+    return torch.tensor([task_of[int(label)] for label in bench.dataset.labels[rows]], dtype=torch.int64)
+
+
 def _draw_names(bench: Workbench, node: StepNode) -> tuple[object, ...]:
     if build_method(bench.settings.method).joint:  # how classes are cut into tasks doesn't matter to it
         return (stage_classes(bench.settings, bench.tasks, node.prefix),)
@@ -88,7 +97,7 @@ def _observe(bench: Workbench, node: StepNode, chain: Chain) -> tuple[dict[str, 
     """
     classes = stage_classes(bench.settings, bench.tasks, node.prefix)
     rows = bench.indices(classes, "train")
-    bench.backbone.load_merges(_method_at(bench, chain).weights_at_rest([merge_factors(a) for a in chain]))
+    bench.rest(_method_at(bench, chain), [merge_factors(a) for a in chain])
     features_ND, moments = bench.pass_over(bench.images(rows), record_moments=True)
     assert moments is not None
     return {"features": features_ND} | moments.packed(), {"images": len(rows)}
@@ -109,9 +118,12 @@ def _adapt(
         return {}, {}
     classes = stage_classes(settings, bench.tasks, node.prefix)
     rows = bench.indices(classes, "train")
-    labels_N = bench.labels(rows, classes)
+    labels_N, tasks_N = bench.labels(rows, classes), _tasks_of(bench, method, node, rows)
     backbone.load_merges(method.weights_in_training([merge_factors(a) for a in chain]))
-    method.begin_task(backbone, _observation(bench, node, observed))
+    observation = _observation(bench, node, observed)
+    if method.observes_tasks:
+        observation.of_tasks = _moments_of_tasks(bench, node)
+    method.begin_task(backbone, observation)
     names = _draw_names(bench, node)
     if settings.head.start == "class_means":
         statistics = ClassStatistics.of(observed.tensors["features"], labels_N, len(classes))
@@ -132,11 +144,21 @@ def _adapt(
         names,
         bench.group,
         on_epoch,
+        tasks_N,
     )
-    tensors = {f"branch/{name}": tensor for name, tensor in backbone.branch_tensors().items()}
-    tensors["head"] = head.weight.detach()
+    tensors = method.trained_tensors(backbone) | {"head": head.weight.detach()}
     meta = {"losses": log.losses, "scales": list(backbone.branch_scales().items()), "trainable_parameters": trainable}
     return tensors, meta | {"facts": method.facts, "epoch_seconds": log.seconds}
+
+
+def _moments_of_tasks(bench: Workbench, node: StepNode) -> tuple[LayerMoments, ...]:
+    """The layers' moments for the images of each task alone, with the backbone as it stands."""
+    found = []
+    for index in node.prefix:
+        _, moments = bench.pass_over(bench.images(bench.indices(bench.tasks[index].classes, "train")), True)
+        assert moments is not None
+        found.append(moments)
+    return tuple(found)
 
 
 def _consolidate(
@@ -148,21 +170,21 @@ def _consolidate(
     classes = stage_classes(settings, bench.tasks, node.prefix)
     rows = bench.indices(classes, "train")
     images_NCHW, labels_N = bench.images(rows), bench.labels(rows, classes)
+    tasks_N = _tasks_of(bench, method, node, rows)
     observation = _observation(bench, node, observed)
     earlier = [merge_factors(artifact) for artifact in chain]
     factors: dict[str, Tensor] = {}
     features_ND = observed.tensors["features"]
     if method.trains:
         backbone.load_merges(method.weights_in_training(earlier))
-        branches = {n.removeprefix("branch/"): t for n, t in trained.tensors.items() if n.startswith("branch/")}
-        backbone.attach_tensors(branches, dict(trained.meta["scales"]))
+        method.load_trained(backbone, trained.tensors, dict(trained.meta["scales"]))
         adapted = None
         if method.reobserves and node.position > 0:
-            _, adapted = bench.pass_over(images_NCHW, record_moments=True)
+            _, adapted = bench.pass_over(images_NCHW, record_moments=True, tasks_N=tasks_N)
         factors = method.merged(backbone, observation, adapted)
-        backbone.detach()
-        backbone.load_merges(method.weights_at_rest([*earlier, factors]))
-        features_ND, merged = bench.pass_over(images_NCHW, record_moments=method.remembers_moments)
+        bench.rest(method, [*earlier, factors])
+        modules = method.recorded_modules(backbone)
+        features_ND, merged = bench.pass_over(images_NCHW, method.remembers_moments, modules=modules, tasks_N=tasks_N)
         method.end_task(observation, adapted, merged)
     head_CD = trained.tensors.get("head")
     statistics = ClassStatistics.of(features_ND, labels_N, len(classes), per_class=settings.head.alignment)
@@ -213,34 +235,42 @@ def _statistics(state: Artifact) -> ClassStatistics:
 def _evaluate(
     bench: Workbench, node: StepNode, chain: Chain, observed: Artifact, state: Artifact
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Accuracy on every task seen so far, over all seen classes, no task id; and two probes for forward transfer."""
+    """Accuracy on every task seen so far, over all seen classes, and two probes for forward transfer.
+
+    Only a method that ``needs_task_id`` is told each image's task; the choice is among all seen classes all the same.
+    For it a second figure goes without the id: the largest logit of the tasks' own classes, each from the features
+    that its task gives.
+    """
     assert node.split is not None
-    settings, backbone = bench.settings, bench.backbone
-    method = build_method(settings.method)
+    settings = bench.settings
+    method = _method_at(bench, (*chain, state))
     kind: Any = classifier_choice(settings)
     seen = state.meta["classes"]
     weight_CD, bias_C = linear_classifier(kind, state.tensors["head"], _statistics(state), settings.head.shrinkage)
-    backbone.load_merges(method.weights_at_rest([merge_factors(a) for a in (*chain, state)]))
+    bench.rest(method, [merge_factors(a) for a in (*chain, state)])
     rows = bench.indices(seen, node.split)
-    labels_N = bench.labels(rows, seen)
-    features_ND, _ = bench.pass_over(bench.images(rows))
-    predicted_N = F.linear(features_ND, weight_CD, bias_C).argmax(-1)
-    right_N = predicted_N == labels_N
+    labels_N, images_NCHW = bench.labels(rows, seen), bench.images(rows)
+    features_ND, _ = bench.pass_over(images_NCHW, tasks_N=_tasks_of(bench, method, node, rows))
+    right_N = F.linear(features_ND, weight_CD, bias_C).argmax(-1) == labels_N
     position_of = {label: index for index, label in enumerate(seen)}
-    correct, count = [], []
-    for index in node.prefix:
-        inside_N = torch.isin(labels_N, torch.tensor([position_of[label] for label in bench.tasks[index].classes]))
-        correct.append(int(right_N[inside_N].sum()))
-        count.append(int(inside_N.sum()))
+    own = [torch.tensor([position_of[label] for label in bench.tasks[index].classes]) for index in node.prefix]
+    inside = [torch.isin(labels_N, positions) for positions in own]
+    correct = [int(right_N[inside_N].sum()) for inside_N in inside]
+    count = [int(inside_N.sum()) for inside_N in inside]
     meta: dict[str, Any] = {"split": node.split, "classifier": kind, "correct": correct, "count": count}
+    if method.needs_task_id:
+        logits_NC = torch.empty(len(rows), len(seen))
+        for task, positions in enumerate(own):
+            features_ND, _ = bench.pass_over(images_NCHW, tasks_N=torch.full((len(rows),), task))
+            logits_NC[:, positions] = F.linear(features_ND, weight_CD, bias_C)[:, positions]
+        right_N = logits_NC.argmax(-1) == labels_N
+        meta["correct_without_task_id"] = [int(right_N[inside_N].sum()) for inside_N in inside]
     if not method.joint:
-        meta |= _forward_probes(bench, node, chain, observed, method)
+        meta |= _forward_probes(bench, node, chain, observed)
     return {"classifier.weight": weight_CD, "classifier.bias": bias_C}, meta
 
 
-def _forward_probes(
-    bench: Workbench, node: StepNode, chain: Chain, observed: Artifact, method: Method
-) -> dict[str, float]:
+def _forward_probes(bench: Workbench, node: StepNode, chain: Chain, observed: Artifact) -> dict[str, float]:
     """In-task accuracy (%) of class means on a task before it is trained: with the earlier tasks' backbone, and frozen.
 
     Their difference is the task's forward transfer. Ours: a head for unseen classes doesn't exist in
@@ -256,12 +286,14 @@ def _forward_probes(
         predicted_N = F.linear(F.normalize(features_ND, dim=-1), F.normalize(means_CD, dim=-1)).argmax(-1)
         return 100 * float((predicted_N == bench.labels(scored, classes)).double().mean())
 
-    bench.backbone.load_merges(method.weights_at_rest([merge_factors(a) for a in chain]))
+    method = _method_at(bench, chain)
+    bench.rest(method, [merge_factors(a) for a in chain])
     before = accuracy(observed.tensors["features"])
     if not chain or not method.trains:
         return {"probe_before": before, "probe_frozen": before}
     memo = (classes, node.split)
     if memo not in bench.frozen_probes:
+        bench.backbone.detach()
         bench.backbone.load_merges([])
         frozen_ND, _ = bench.pass_over(bench.images(train))
         bench.frozen_probes[memo] = accuracy(frozen_ND)

@@ -31,13 +31,9 @@ class TrainingLog:
 
 
 def trainable_parameters(model: Backbone) -> list[Tensor]:
-    """The branch tensors that are trained, layer after layer."""
-    return [
-        parameter
-        for branched in model.attached.values()
-        for parameter in branched.branches.parameters()
-        if parameter.requires_grad
-    ]
+    """The attached tensors that are trained, layer after layer, then those that all layers share."""
+    modules = [*model.attached.values(), model.shared]
+    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
 
 def train_task(
@@ -51,6 +47,7 @@ def train_task(
     draw_names: tuple[object, ...],
     group: WorkerGroup,
     on_epoch: EpochCallback | None = None,
+    tasks_N: Tensor | None = None,
 ) -> TrainingLog:
     """Train the attached branches and the task's head: SGD, learning rate cosine per epoch.
 
@@ -60,6 +57,7 @@ def train_task(
         draw_names: what, beside ``training.seed``, names this task's random draws.
         group: data-parallel workers; each computes its share of every batch (or half batch, under GAO), so the
             batches are those of a single worker and gradients agree with its up to rounding.
+        tasks_N: each image's task, for the joint methods that know it.
 
     Raises:
         StageError: the loss is no longer finite.
@@ -94,7 +92,8 @@ def train_task(
         total, batches = 0.0, 0
         for index_B in torch.randperm(len(labels_N), generator=order_draws).split(training.batch_size):
             views_BCHW = augment(images_NCHW[index_B].to(model.device).float() / 255, training.augmentation, view_draws)
-            batch = _batch(model, head, model.normalize(views_BCHW), labels_N[index_B], head_settings, group)
+            tasks_B = None if tasks_N is None else tasks_N[index_B]
+            batch = _batch(model, head, model.normalize(views_BCHW), labels_N[index_B], head_settings, group, tasks_B)
             loss = torch.tensor(method.training_step(learner, batch), dtype=torch.float64)
             group.sum_([loss])
             total += float(loss)
@@ -125,8 +124,10 @@ def _batch(
     labels_B: Tensor,
     settings: HeadSettings,
     group: WorkerGroup,
+    tasks_B: Tensor | None = None,
 ) -> Batch:
     labels_B = labels_B.to(model.device)
+    tasks_B = None if tasks_B is None else tasks_B.to(model.device)
     parameters = [*trainable_parameters(model), *head.parameters()] if group.size > 1 else []
 
     def loss_of(indices: Tensor) -> Tensor:
@@ -134,8 +135,9 @@ def _batch(
         if len(share) == 0:  # more workers than images: an empty share still has a (zero) gradient to sum
             return torch.stack([(parameter * 0).sum() for parameter in parameters]).sum()
         whole = len(share) == len(labels_B)
-        features = model.features(inputs_BCHW if whole else inputs_BCHW[share])
+        tasks = tasks_B if tasks_B is None or whole else tasks_B[share]
+        features = model.features(inputs_BCHW if whole else inputs_BCHW[share], tasks)
         labels = labels_B if whole else labels_B[share]
         return cosface_loss(head(features), labels, settings.scale, settings.margin) / len(indices)
 
-    return Batch(labels=labels_B, loss_of=loss_of)
+    return Batch(labels=labels_B, loss_of=loss_of, tasks=tasks_B)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loda.backbone import Backbone
 from loda.gao import plain_step
@@ -28,6 +28,7 @@ class Observation:
 
     moments: LayerMoments
     position: int  # 0 for the first task of an order
+    of_tasks: tuple[LayerMoments, ...] = ()  # each task's alone, for methods that ask (``observes_tasks``)
 
 
 @dataclass
@@ -50,10 +51,14 @@ class Learner:
 
 @dataclass
 class Batch:
-    """One batch: ``labels`` (B,) are 0-based within the task; ``loss_of`` gives the mean loss of batch indices."""
+    """One batch: ``labels`` (B,) are 0-based within the task; ``loss_of`` gives the mean loss of batch indices.
+
+    ``tasks`` (B,) says which task each image is of, for the joint methods that know it (``knows_tasks``).
+    """
 
     labels: Tensor
     loss_of: Callable[[Tensor], Tensor]
+    tasks: Tensor | None = None
     indices: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -74,7 +79,14 @@ class Method(ABC):
     Settings: ClassVar[type[MethodSettings]]
     trains: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
-    needs_task_id: ClassVar[bool] = False
+    unmergeable_because: ClassVar[str] = ""  # the reason, where it isn't
+    prediction: ClassVar[Literal["merged", "stacked", "gated", "routed", "by task"]] = "merged"
+    memory_growth: ClassVar[Literal["none", "linear"]] = "none"  # of what is remembered, with the number of tasks
+    reconstructed: ClassVar[bool] = False  # our reading of a method whose details aren't published
+    published: ClassVar[dict[str, Any]] = {}  # its paper's own values, by key path of a study file
+    needs_task_id: ClassVar[bool] = False  # evaluation tells it the task of each image
+    knows_tasks: ClassVar[bool] = False  # joint methods only: training tells it the task of each image
+    observes_tasks: ClassVar[bool] = False  # joint methods only: begin_task reads the moments of each task alone
     joint: ClassVar[bool] = False  # all classes in one stage, whatever the order
     reobserves: ClassVar[bool] = False  # end_task reads moments with the branches attached
     remembers_moments: ClassVar[bool] = False  # end_task reads moments after merging
@@ -91,6 +103,10 @@ class Method(ABC):
         """The settings that only merging and remembering read."""
         return {}
 
+    def stream_problems(self, tasks: int) -> list[str]:
+        """What is wrong with the settings for a stream of this many tasks."""
+        return []
+
     def problems(self, widths: Mapping[str, tuple[int, int]]) -> list[str]:
         """What is wrong with the settings for layers of these (d_in, d_out), by layer name."""
         return []
@@ -103,6 +119,15 @@ class Method(ABC):
         """Learn from one batch; returns the loss."""
         parameters = [*learner.branch_parameters, *learner.head_parameters]
         return plain_step(batch.loss_of, batch.indices, parameters, learner.step, learner.reduce_gradients)
+
+    def trained_tensors(self, model: Backbone) -> dict[str, Tensor]:
+        """What training has left on ``model``; :meth:`load_trained` takes it up."""
+        return {f"branch/{name}": tensor for name, tensor in model.branch_tensors().items()}
+
+    def load_trained(self, model: Backbone, tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
+        """Attach what was trained again, from :meth:`trained_tensors` and the branches' scales in their order."""
+        branches = {name.removeprefix("branch/"): t for name, t in tensors.items() if name.startswith("branch/")}
+        model.attach_tensors(branches, scales)
 
     def merged(self, model: Backbone, observation: Observation, adapted: LayerMoments | None) -> dict[str, Tensor]:
         """The trained branches as factors to merge: ``<layer>.up`` (d_out, k) and ``<layer>.down`` (k, d_in)."""
@@ -123,6 +148,17 @@ class Method(ABC):
     def weights_in_training(self, factors: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
         """Which of the earlier tasks' factors lie under the branches while a task is trained."""
         return self.weights_at_rest(factors)
+
+    def recorded_modules(self, model: Backbone) -> Mapping[str, nn.Module]:
+        """The modules whose inputs' moments ``end_task`` wants: the adapted layers, and its own if it has any."""
+        return {name: model.model.get_submodule(name) for name in model.layers}
+
+    def attach_for_prediction(self, model: Backbone) -> None:
+        """Put on the weights at rest what can't be merged into them, frozen: gated stacks, routers; by default nothing.
+
+        Called wherever features are computed between tasks, so that class statistics, drift maps, probes and
+        predictions are all of the features that the method predicts with.
+        """
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that must survive to the next task, for safetensors."""
