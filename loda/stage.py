@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from loda.alignment import align_classifier
-from loda.classifier import ClassStatistics, drift_map, linear_classifier
+from loda.classifier import ClassifierKind, ClassStatistics, drift_map, linear_classifier
 from loda.errors import StageError
+from loda.gradients import LossGradients
 from loda.graph import StepNode, classifier_choice, stage_classes
 from loda.head import CosineHead, random_head_weight
 from loda.methods import build_method
@@ -111,7 +112,6 @@ def _adapt(
     rows = bench.indices(classes, "train")
     labels_N = bench.labels(rows, classes)
     backbone.load_merges(method.weights_in_training([merge_factors(a) for a in chain]))
-    method.begin_task(backbone, _observation(bench, node, observed))
     names = _draw_names(bench, node)
     if settings.head.start == "class_means":
         statistics = ClassStatistics.of(observed.tensors["features"], labels_N, len(classes))
@@ -120,6 +120,18 @@ def _adapt(
         draws = generator(settings.training.seed, "head", *names)
         start_CD = random_head_weight(len(classes), backbone.feature_width, draws)
     head = CosineHead(start_CD).to(backbone.device)
+    observation = _observation(bench, node, observed)
+    observation.gradients = LossGradients(
+        model=backbone,
+        head=head,
+        images_NCHW=bench.images(rows),
+        labels_N=labels_N,
+        scale=settings.head.scale,
+        margin=settings.head.margin,
+        batch_size=settings.compute.batch_size,
+        group=bench.group,
+    )
+    method.begin_task(backbone, observation)
     trainable = sum(parameter.numel() for parameter in trainable_parameters(backbone))
     log = train_task(
         backbone,
@@ -135,6 +147,7 @@ def _adapt(
     )
     tensors = {f"branch/{name}": tensor for name, tensor in backbone.branch_tensors().items()}
     tensors["head"] = head.weight.detach()
+    tensors |= {f"trained/{name}": t for name, t in method.finish_training(backbone, observation).items()}
     meta = {"losses": log.losses, "scales": list(backbone.branch_scales().items()), "trainable_parameters": trainable}
     return tensors, meta | {"facts": method.facts, "epoch_seconds": log.seconds}
 
@@ -156,6 +169,11 @@ def _consolidate(
         backbone.load_merges(method.weights_in_training(earlier))
         branches = {n.removeprefix("branch/"): t for n, t in trained.tensors.items() if n.startswith("branch/")}
         backbone.attach_tensors(branches, dict(trained.meta["scales"]))
+        method.trained = {
+            name.removeprefix("trained/"): tensor.to(backbone.device)
+            for name, tensor in trained.tensors.items()
+            if name.startswith("trained/")
+        }
         adapted = None
         if method.reobserves and node.position > 0:
             _, adapted = bench.pass_over(images_NCHW, record_moments=True)
@@ -164,6 +182,7 @@ def _consolidate(
         backbone.load_merges(method.weights_at_rest([*earlier, factors]))
         features_ND, merged = bench.pass_over(images_NCHW, record_moments=method.remembers_moments)
         method.end_task(observation, adapted, merged)
+    method.learn_classifier(features_ND, labels_N)
     head_CD = trained.tensors.get("head")
     statistics = ClassStatistics.of(features_ND, labels_N, len(classes), per_class=settings.head.alignment)
     if head_CD is None:
@@ -216,15 +235,20 @@ def _evaluate(
     """Accuracy on every task seen so far, over all seen classes, no task id; and two probes for forward transfer."""
     assert node.split is not None
     settings, backbone = bench.settings, bench.backbone
-    method = build_method(settings.method)
+    method = _method_at(bench, (*chain, state))
     kind: Any = classifier_choice(settings)
     seen = state.meta["classes"]
-    weight_CD, bias_C = linear_classifier(kind, state.tensors["head"], _statistics(state), settings.head.shrinkage)
     backbone.load_merges(method.weights_at_rest([merge_factors(a) for a in (*chain, state)]))
     rows = bench.indices(seen, node.split)
     labels_N = bench.labels(rows, seen)
     features_ND, _ = bench.pass_over(bench.images(rows))
-    predicted_N = F.linear(features_ND, weight_CD, bias_C).argmax(-1)
+    tensors: dict[str, Tensor] = {}
+    if kind in get_args(ClassifierKind):
+        weight_CD, bias_C = linear_classifier(kind, state.tensors["head"], _statistics(state), settings.head.shrinkage)
+        tensors = {"classifier.weight": weight_CD, "classifier.bias": bias_C}
+        predicted_N = F.linear(features_ND, weight_CD, bias_C).argmax(-1)
+    else:
+        predicted_N = method.logits(features_ND).argmax(-1)
     right_N = predicted_N == labels_N
     position_of = {label: index for index, label in enumerate(seen)}
     correct, count = [], []
@@ -235,7 +259,7 @@ def _evaluate(
     meta: dict[str, Any] = {"split": node.split, "classifier": kind, "correct": correct, "count": count}
     if not method.joint:
         meta |= _forward_probes(bench, node, chain, observed, method)
-    return {"classifier.weight": weight_CD, "classifier.bias": bias_C}, meta
+    return tensors, meta
 
 
 def _forward_probes(
