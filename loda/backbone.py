@@ -103,14 +103,16 @@ class Backbone:
         return self.model(images_BCHW)
 
     def load_merges(self, merges: Sequence[Mapping[str, Tensor]]) -> None:
-        """Set the adapted weights to ``W_0 + Σ up @ down``, summed task after task so that the bits never depend on
-        where a run was taken up."""
+        """Set the adapted weights to ``W_0 + Σ up @ down`` (or ``+ delta``, where a task left a change of full rank),
+        summed task after task so that the bits never depend on where a run was taken up."""
         with torch.no_grad():
             for name in self.layers:
                 weight = self.original[name].clone()
                 for factors in merges:
                     if f"{name}.up" in factors:
                         weight += factors[f"{name}.up"].to(self.device) @ factors[f"{name}.down"].to(self.device)
+                    if f"{name}.delta" in factors:
+                        weight += factors[f"{name}.delta"].to(self.device)
                 self._linear(name).weight.copy_(weight)
 
     def attach(self) -> None:
@@ -133,13 +135,17 @@ class Backbone:
         self._hooks.append(embedding.register_forward_hook(lambda module, inputs, tokens_BND: read(tokens_BND)))
 
     def branch_tensors(self) -> dict[str, Tensor]:
-        """Every branch tensor, as ``<layer>/<branch>/<down|up>``."""
-        return {
-            f"{layer}/{name}/{part}": getattr(branch, part).detach()
-            for layer, branched in self.attached.items()
-            for name, branch in branched.branches.items()
-            for part in ("down", "up")
-        }
+        """Every branch tensor, as ``<layer>/<branch>/<down|up>``, and what only some methods have: a trained scale as
+        ``<layer>/<branch>/scale``, a change of full rank as ``<layer>/change``."""
+        tensors: dict[str, Tensor] = {}
+        for layer, branched in self.attached.items():
+            for name, branch in branched.branches.items():
+                tensors |= {f"{layer}/{name}/down": branch.down.detach(), f"{layer}/{name}/up": branch.up.detach()}
+                if isinstance(branch.scale, Tensor):
+                    tensors[f"{layer}/{name}/scale"] = branch.scale.detach()
+            if branched.change is not None:
+                tensors[f"{layer}/change"] = branched.change.detach()
+        return tensors
 
     def attach_tensors(self, tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
         """Attach trained branches again, from :meth:`branch_tensors` and the branches' scales in their order."""
@@ -148,13 +154,14 @@ class Backbone:
             for name, scale in scales.items():  # not the tensors' order: files keep them in one of their own
                 if f"{layer}/{name}/down" in tensors:
                     down_rD, up_Or = tensors[f"{layer}/{name}/down"], tensors[f"{layer}/{name}/up"]
-                    branched.add(name, down_rD, up_Or, scale=scale, train_down=False)
+                    own = float(tensors.get(f"{layer}/{name}/scale", scale))
+                    branched.add(name, down_rD, up_Or, scale=own, train_down=False)
+            if f"{layer}/change" in tensors:
+                branched.add_change(tensors[f"{layer}/change"])
 
     def branch_scales(self) -> dict[str, float]:
-        """γ by branch name (the same in all layers)."""
-        return {
-            name: float(branch.scale) for linear in self.attached.values() for name, branch in linear.branches.items()
-        }
+        """γ by branch name (the same in all layers, unless it is trained)."""
+        return {name: branch.number for linear in self.attached.values() for name, branch in linear.branches.items()}
 
 
 def _bundled_config() -> dict[str, Any]:

@@ -18,17 +18,37 @@ class Branch(nn.Module):
         up_Or: (d_out, r) up-projection B.
         scale: γ.
         train_down: whether A is trained beside B.
+        train_up: whether B is trained.
+        train_scale: whether γ is trained; it is a number else.
     """
 
-    def __init__(self, down_rD: Tensor, up_Or: Tensor, scale: float, train_down: bool) -> None:
+    def __init__(
+        self,
+        down_rD: Tensor,
+        up_Or: Tensor,
+        scale: float,
+        train_down: bool,
+        train_up: bool = True,
+        train_scale: bool = False,
+    ) -> None:
         super().__init__()
         self.down = nn.Parameter(down_rD.clone(), requires_grad=train_down)
-        self.up = nn.Parameter(up_Or.clone())
-        self.scale = scale
+        self.up = nn.Parameter(up_Or.clone(), requires_grad=train_up)
+        self.scale: float | Tensor = nn.Parameter(up_Or.new_tensor(scale)) if train_scale else scale
+
+    @property
+    def number(self) -> float:
+        """γ as a number, trained or not."""
+        return float(self.scale.detach()) if isinstance(self.scale, Tensor) else self.scale
 
     def delta(self) -> Tensor:
         """The branch as a weight change, (d_out, d_in)."""
         return self.scale * (self.up @ self.down)
+
+    def scaled_up(self) -> Tensor:
+        """``γ B`` (d_out, r), detached: with A the factors to merge."""
+        scale = self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
+        return scale * self.up.detach()
 
 
 class Branches(nn.ModuleDict):
@@ -45,28 +65,57 @@ class BranchedLinear(nn.Module):
     """A frozen linear layer with named branches: ``h = W x + Σ γ_k w_k(x) B_k A_k x``, all ``w_k = 1`` by default.
 
     The branches are stacked, ``A = [A_1; A_2]`` and ``B = [γ_1 B_1, γ_2 B_2]``: two thin products for any number.
+    A method that trains a change of full rank adds ``change`` (d_out, d_in) instead: ``h = (W + Δ) x + ...``.
 
     Attributes:
         weigh: gives the ``w_k`` of the layer's input (B, N, d_in), as (B or 1, branches): gates, routing.
-        extra: a module whose output is added, for updates that aren't sums of branches.
+        extra: a module whose output is added, for updates that are neither.
     """
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base
         self.branches = Branches()
+        self.change: nn.Parameter | None = None
         self.weigh: Callable[[Tensor], Tensor] | None = None
-        self.extra: Callable[[Tensor], Tensor] | None = None
+        self.extra: nn.Module | None = None
 
-    def add(self, name: str, down_rD: Tensor, up_Or: Tensor | None = None, *, scale: float, train_down: bool) -> None:
+    def add_change(self, change_OD: Tensor | None = None) -> None:
+        """Attach a trained weight change of full rank; it starts at zero unless given."""
+        weight = self.base.weight
+        self.change = nn.Parameter(torch.zeros_like(weight) if change_OD is None else change_OD.to(weight).clone())
+
+    def add(
+        self,
+        name: str,
+        down_rD: Tensor,
+        up_Or: Tensor | None = None,
+        *,
+        scale: float,
+        train_down: bool,
+        train_up: bool = True,
+        train_scale: bool = False,
+    ) -> None:
         """Attach a branch; ``up`` starts at zero unless given."""
         weight = self.base.weight
         if up_Or is None:
             up_Or = weight.new_zeros(self.base.out_features, down_rD.shape[0])
-        self.branches[name] = Branch(down_rD.to(weight), up_Or.to(weight), scale, train_down)
+        self.branches[name] = Branch(down_rD.to(weight), up_Or.to(weight), scale, train_down, train_up, train_scale)
+
+    def trainable(self) -> list[Tensor]:
+        """The tensors that are trained."""
+        modules = [module for module in (self.weigh, self.extra) if isinstance(module, nn.Module)]
+        own = [self.change] if self.change is not None else []
+        tensors = [*self.branches.parameters(), *own, *(p for module in modules for p in module.parameters())]
+        return [tensor for tensor in tensors if tensor.requires_grad]
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base(x) if self.extra is None else self.base(x) + self.extra(x)
+        if self.change is None:
+            base = self.base(x)
+        else:
+            base = F.linear(x, self.base.weight + self.change, self.base.bias)
+        if self.extra is not None:
+            base = base + self.extra(x)
         branches = list(self.branches.values())
         if not branches:
             return base

@@ -71,6 +71,8 @@ def sequence_nodes(bench: Workbench, settings: RunSettings, order: Sequence[int]
         raise ConfigError(f"stream.validation: no images to score on in the {split} split; set it above 0")
     method = build_method(settings.method)
     training, head = settings.training.model_dump(), settings.head
+    if training["optimizer"] == "sgd":  # the only one that there was when keys were first given out
+        del training["optimizer"]
     nodes: list[StepNode] = []
     chain: tuple[str, ...] = ()
     for prefix in stage_tasks(settings, bench.tasks, order):
@@ -133,5 +135,5 @@ def sequence_nodes(bench: Workbench, settings: RunSettings, order: Sequence[int]
 
 
 def classifier_choice(settings: RunSettings) -> str:
-    """The final classifier: the head section's, unless the method has its own (SimpleCIL)."""
-    return getattr(settings.method, "classifier", None) or settings.head.classifier
+    """The final classifier: the head section's, unless the method has its own."""
+    return build_method(settings.method).classifier() or settings.head.classifier

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loda.alignment import align_classifier
-from loda.classifier import ClassStatistics, drift_map, linear_classifier
+from loda.classifier import ClassifierKind, ClassStatistics, drift_map, linear_classifier
 from loda.errors import StageError
+from loda.gradients import LossGradients
 from loda.graph import StepNode, classifier_choice, stage_classes
 from loda.head import CosineHead, random_head_weight
 from loda.methods import build_method
@@ -120,10 +121,6 @@ def _adapt(
     rows = bench.indices(classes, "train")
     labels_N, tasks_N = bench.labels(rows, classes), _tasks_of(bench, method, node, rows)
     backbone.load_merges(method.weights_in_training([merge_factors(a) for a in chain]))
-    observation = _observation(bench, node, observed)
-    if method.observes_tasks:
-        observation.of_tasks = _moments_of_tasks(bench, node)
-    method.begin_task(backbone, observation)
     names = _draw_names(bench, node)
     if settings.head.start == "class_means":
         statistics = ClassStatistics.of(observed.tensors["features"], labels_N, len(classes))
@@ -132,6 +129,20 @@ def _adapt(
         draws = generator(settings.training.seed, "head", *names)
         start_CD = random_head_weight(len(classes), backbone.feature_width, draws)
     head = CosineHead(start_CD).to(backbone.device)
+    observation = _observation(bench, node, observed)
+    if method.observes_tasks:
+        observation.of_tasks = _moments_of_tasks(bench, node)
+    observation.gradients = LossGradients(
+        model=backbone,
+        head=head,
+        images_NCHW=bench.images(rows),
+        labels_N=labels_N,
+        scale=settings.head.scale,
+        margin=settings.head.margin,
+        batch_size=settings.compute.batch_size,
+        group=bench.group,
+    )
+    method.begin_task(backbone, observation)
     trainable = sum(parameter.numel() for parameter in trainable_parameters(backbone))
     log = train_task(
         backbone,
@@ -146,7 +157,9 @@ def _adapt(
         on_epoch,
         tasks_N,
     )
-    tensors = method.trained_tensors(backbone) | {"head": head.weight.detach()}
+    tensors = {f"branch/{name}": tensor for name, tensor in backbone.branch_tensors().items()}
+    tensors["head"] = head.weight.detach()
+    tensors |= {f"trained/{name}": t for name, t in method.finish_training(backbone, observation).items()}
     meta = {"losses": log.losses, "scales": list(backbone.branch_scales().items()), "trainable_parameters": trainable}
     return tensors, meta | {"facts": method.facts, "epoch_seconds": log.seconds}
 
@@ -177,7 +190,13 @@ def _consolidate(
     features_ND = observed.tensors["features"]
     if method.trains:
         backbone.load_merges(method.weights_in_training(earlier))
-        method.load_trained(backbone, trained.tensors, dict(trained.meta["scales"]))
+        branches = {n.removeprefix("branch/"): t for n, t in trained.tensors.items() if n.startswith("branch/")}
+        backbone.attach_tensors(branches, dict(trained.meta["scales"]))
+        method.trained = {
+            name.removeprefix("trained/"): tensor.to(backbone.device)
+            for name, tensor in trained.tensors.items()
+            if name.startswith("trained/")
+        }
         adapted = None
         if method.reobserves and node.position > 0:
             _, adapted = bench.pass_over(images_NCHW, record_moments=True, tasks_N=tasks_N)
@@ -186,6 +205,7 @@ def _consolidate(
         modules = method.recorded_modules(backbone)
         features_ND, merged = bench.pass_over(images_NCHW, method.remembers_moments, modules=modules, tasks_N=tasks_N)
         method.end_task(observation, adapted, merged)
+    method.learn_classifier(features_ND, labels_N)
     head_CD = trained.tensors.get("head")
     statistics = ClassStatistics.of(features_ND, labels_N, len(classes), per_class=settings.head.alignment)
     if head_CD is None:
@@ -246,12 +266,19 @@ def _evaluate(
     method = _method_at(bench, (*chain, state))
     kind: Any = classifier_choice(settings)
     seen = state.meta["classes"]
-    weight_CD, bias_C = linear_classifier(kind, state.tensors["head"], _statistics(state), settings.head.shrinkage)
     bench.rest(method, [merge_factors(a) for a in (*chain, state)])
     rows = bench.indices(seen, node.split)
     labels_N, images_NCHW = bench.labels(rows, seen), bench.images(rows)
-    features_ND, _ = bench.pass_over(images_NCHW, tasks_N=_tasks_of(bench, method, node, rows))
-    right_N = F.linear(features_ND, weight_CD, bias_C).argmax(-1) == labels_N
+    tensors: dict[str, Tensor] = {}
+    if kind in get_args(ClassifierKind):
+        weight_CD, bias_C = linear_classifier(kind, state.tensors["head"], _statistics(state), settings.head.shrinkage)
+        tensors = {"classifier.weight": weight_CD, "classifier.bias": bias_C}
+
+    def logits(tasks_N: Tensor | None) -> Tensor:
+        features_ND, _ = bench.pass_over(images_NCHW, tasks_N=tasks_N)
+        return F.linear(features_ND, weight_CD, bias_C) if tensors else method.logits(features_ND)
+
+    right_N = logits(_tasks_of(bench, method, node, rows)).argmax(-1) == labels_N
     position_of = {label: index for index, label in enumerate(seen)}
     own = [torch.tensor([position_of[label] for label in bench.tasks[index].classes]) for index in node.prefix]
     inside = [torch.isin(labels_N, positions) for positions in own]
@@ -261,13 +288,12 @@ def _evaluate(
     if method.needs_task_id:
         logits_NC = torch.empty(len(rows), len(seen))
         for task, positions in enumerate(own):
-            features_ND, _ = bench.pass_over(images_NCHW, tasks_N=torch.full((len(rows),), task))
-            logits_NC[:, positions] = F.linear(features_ND, weight_CD, bias_C)[:, positions]
+            logits_NC[:, positions] = logits(torch.full((len(rows),), task))[:, positions]
         right_N = logits_NC.argmax(-1) == labels_N
         meta["correct_without_task_id"] = [int(right_N[inside_N].sum()) for inside_N in inside]
     if not method.joint:
         meta |= _forward_probes(bench, node, chain, observed)
-    return {"classifier.weight": weight_CD, "classifier.bias": bias_C}, meta
+    return tensors, meta
 
 
 def _forward_probes(bench: Workbench, node: StepNode, chain: Chain, observed: Artifact) -> dict[str, float]:

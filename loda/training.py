@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,23 @@ class TrainingLog:
 
 def trainable_parameters(model: Backbone) -> list[Tensor]:
     """The attached tensors that are trained, layer after layer, then those that all layers share."""
-    modules = [*model.attached.values(), model.shared]
-    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    tensors = [tensor for branched in model.attached.values() for tensor in branched.trainable()]
+    return [*tensors, *(parameter for parameter in model.shared.parameters() if parameter.requires_grad)]
+
+
+def build_optimizer(
+    branch_parameters: list[Tensor], head_parameters: list[Tensor], training: TrainingSettings
+) -> torch.optim.Optimizer:
+    """The run's optimiser, the branches' parameters first; Adam's other values are torch's defaults."""
+    groups = [
+        {"params": branch_parameters, "lr": training.lr},
+        {"params": head_parameters, "lr": training.head_lr or training.lr},
+    ]
+    options: dict[str, Any] = {"lr": training.lr, "weight_decay": training.weight_decay, "foreach": True}
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=training.momentum, **options)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return kinds[training.optimizer](groups, **options)
 
 
 def train_task(
@@ -49,7 +65,7 @@ def train_task(
     on_epoch: EpochCallback | None = None,
     tasks_N: Tensor | None = None,
 ) -> TrainingLog:
-    """Train the attached branches and the task's head: SGD, learning rate cosine per epoch.
+    """Train the attached branches and the task's head: learning rate cosine per epoch.
 
     Args:
         images_NCHW: uint8 training images of the task.
@@ -64,16 +80,7 @@ def train_task(
     """
     branch_parameters = trainable_parameters(model)
     head_parameters: list[Tensor] = list(head.parameters())
-    optimizer = torch.optim.SGD(
-        [
-            {"params": branch_parameters, "lr": training.lr},
-            {"params": head_parameters, "lr": training.head_lr or training.lr},
-        ],
-        lr=training.lr,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-        foreach=True,
-    )
+    optimizer = build_optimizer(branch_parameters, head_parameters, training)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / training.epochs))
     )
@@ -85,6 +92,8 @@ def train_task(
         step=optimizer.step,
         reduce_gradients=group.sum_,
         generator=generator(training.seed, "method", *draw_names),
+        model=model,
+        lr=lambda: float(optimizer.param_groups[0]["lr"]),
     )
     losses, seconds = [], []
     for epoch in range(training.epochs):
@@ -92,8 +101,8 @@ def train_task(
         total, batches = 0.0, 0
         for index_B in torch.randperm(len(labels_N), generator=order_draws).split(training.batch_size):
             views_BCHW = augment(images_NCHW[index_B].to(model.device).float() / 255, training.augmentation, view_draws)
-            tasks_B = None if tasks_N is None else tasks_N[index_B]
-            batch = _batch(model, head, model.normalize(views_BCHW), labels_N[index_B], head_settings, group, tasks_B)
+            inputs_BCHW, tasks_B = model.normalize(views_BCHW), None if tasks_N is None else tasks_N[index_B]
+            batch = _batch(model, method, head, inputs_BCHW, labels_N[index_B], head_settings, group, tasks_B)
             loss = torch.tensor(method.training_step(learner, batch), dtype=torch.float64)
             group.sum_([loss])
             total += float(loss)
@@ -119,6 +128,7 @@ def train_task(
 
 def _batch(
     model: Backbone,
+    method: Method,
     head: CosineHead,
     inputs_BCHW: Tensor,
     labels_B: Tensor,
@@ -131,6 +141,10 @@ def _batch(
     parameters = [*trainable_parameters(model), *head.parameters()] if group.size > 1 else []
 
     def loss_of(indices: Tensor) -> Tensor:
+        loss, penalty = data_loss(indices), method.penalty(model)
+        return loss if penalty is None else loss + penalty / group.size
+
+    def data_loss(indices: Tensor) -> Tensor:
         share = group.share(indices)
         if len(share) == 0:  # more workers than images: an empty share still has a (zero) gradient to sum
             return torch.stack([(parameter * 0).sum() for parameter in parameters]).sum()

@@ -130,7 +130,7 @@ def catalogue(values: Mapping[str, Any]) -> None:
 def methods(values: Sequence[Mapping[str, Any]]) -> None:
     """The registry."""
     table = Table()
-    for column in ("method", "what it does", "merges", "task id", "source"):
+    for column in ("method", "what it does", "merges", "task id", "memory", "rule", "source"):
         table.add_column(column)
     for row in values:
         table.add_row(
@@ -138,6 +138,8 @@ def methods(values: Sequence[Mapping[str, Any]]) -> None:
             row["summary"],
             "yes" if row["mergeable"] else "no",
             "needed" if row["needs_task_id"] else "not needed",
+            row["memory_growth"],
+            "reconstructed" if row["reconstructed"] else "published",
             row["source"],
         )
     _console().print(table)

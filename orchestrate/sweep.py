@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from loda.distributed import WorkerGroup
 from loda.errors import ConfigError, StageError
+from loda.methods import build_method
 from orchestrate.cluster import ray_cluster
 from orchestrate.merged import write_merged
 from orchestrate.progress import StudyProgress
@@ -137,7 +138,8 @@ def _publish(
     }
     files["summary.json"] = json.dumps(values, indent=1)
     model = None
-    if session.study.tracking.register_model and results:
+    mergeable = not build_method(session.study.method).export_refusal
+    if session.study.tracking.register_model and results and mergeable:
         model = session.folder / "model"
         export_order(session, settings, results[0], model)
     metrics = {f"test/{key}": values[key]["mean"] for key in ("a_last", "a_avg")}

@@ -60,9 +60,21 @@ def method_settings(values: Mapping[str, Any]) -> MethodSettings:
     return methods[name].Settings(**{**values, "name": name})
 
 
+def preset(name: str) -> dict[str, Any]:
+    """The values of a method's paper by key path, its name among them: what ``Study.with_values`` takes.
+
+    They are the paper's where they differ from the defaults of a run; most papers used ViT-B/16 on ImageNet-21k.
+
+    Raises:
+        ValueError: unknown method.
+    """
+    method = registry()[method_settings({"name": name}).name]
+    return {"method.name": method.name, **method.published}
+
+
 def build_method(settings: MethodSettings) -> Method:
     """A fresh instance, with nothing remembered yet."""
     return registry()[settings.name](settings)
 
 
-__all__ = ["Method", "MethodSettings", "build_method", "method_settings", "registry"]
+__all__ = ["Method", "MethodSettings", "build_method", "method_settings", "preset", "registry"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loda.backbone import Backbone
 from loda.gao import plain_step
+from loda.gradients import LossGradients
 from loda.moments import LayerMoments
 from loda.strict import StrictModel
 
@@ -24,11 +25,19 @@ class MethodSettings(StrictModel):
 
 @dataclass
 class Observation:
-    """What a pass over the task's training images has shown before it is trained."""
+    """What a pass over the task's training images has shown before it is trained.
+
+    Attributes:
+        moments: of the inputs of the adapted layers.
+        position: 0 for the first task of an order.
+        gradients: of the task's loss, computed when a method asks; None while consolidating.
+        of_tasks: moments of each task's images alone, for the joint methods that ask (``observes_tasks``).
+    """
 
     moments: LayerMoments
-    position: int  # 0 for the first task of an order
-    of_tasks: tuple[LayerMoments, ...] = ()  # each task's alone, for methods that ask (``observes_tasks``)
+    position: int
+    gradients: LossGradients | None = None
+    of_tasks: tuple[LayerMoments, ...] = ()
 
 
 @dataclass
@@ -40,6 +49,8 @@ class Learner:
         step: the optimiser's step on their ``.grad``.
         reduce_gradients: sums gradients over data-parallel workers, in place.
         generator: the method's own draws.
+        model: the backbone with the branches attached.
+        lr: the branches' learning rate at this step.
     """
 
     branch_parameters: list[Tensor]
@@ -47,6 +58,8 @@ class Learner:
     step: Callable[[], None]
     reduce_gradients: Callable[[Sequence[Tensor]], None]
     generator: torch.Generator
+    model: Backbone
+    lr: Callable[[], float]
 
 
 @dataclass
@@ -69,7 +82,8 @@ class Method(ABC):
     """A continual-learning method: what it attaches, how it steps, what it merges and remembers.
 
     A method is built afresh for each step of a stage; all that survives from task to task goes through
-    :meth:`state_tensors` and :meth:`load_state_tensors`.
+    :meth:`state_tensors` and :meth:`load_state_tensors`, and what training leaves beside the branches goes through
+    :meth:`finish_training` and :attr:`trained`.
     """
 
     name: ClassVar[str]
@@ -79,21 +93,23 @@ class Method(ABC):
     Settings: ClassVar[type[MethodSettings]]
     trains: ClassVar[bool] = True
     mergeable: ClassVar[bool] = True
-    unmergeable_because: ClassVar[str] = ""  # the reason, where it isn't
     prediction: ClassVar[Literal["merged", "stacked", "gated", "routed", "by task"]] = "merged"
-    memory_growth: ClassVar[Literal["none", "linear"]] = "none"  # of what is remembered, with the number of tasks
-    reconstructed: ClassVar[bool] = False  # our reading of a method whose details aren't published
-    published: ClassVar[dict[str, Any]] = {}  # its paper's own values, by key path of a study file
     needs_task_id: ClassVar[bool] = False  # evaluation tells it the task of each image
     knows_tasks: ClassVar[bool] = False  # joint methods only: training tells it the task of each image
     observes_tasks: ClassVar[bool] = False  # joint methods only: begin_task reads the moments of each task alone
     joint: ClassVar[bool] = False  # all classes in one stage, whatever the order
     reobserves: ClassVar[bool] = False  # end_task reads moments with the branches attached
     remembers_moments: ClassVar[bool] = False  # end_task reads moments after merging
+    # With the number of tasks: constant; bounded (grows up to a size that the layers' widths give); linear.
+    memory_growth: ClassVar[Literal["constant", "bounded", "linear"]] = "constant"
+    reconstructed: ClassVar[bool] = False  # by us, where the paper leaves it open and no code is published
+    export_refusal: ClassVar[str] = ""  # why the result isn't one plain model with a linear head
+    published: ClassVar[Mapping[str, Any]] = {}  # the paper's own values by key path (``loda.methods.preset``)
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
         self.facts: dict[str, Any] = {}  # what the method chose and wants recorded, JSON
+        self.trained: Mapping[str, Tensor] = {}  # while consolidating: what finish_training gave
 
     def adapt_reads(self, position: int) -> dict[str, Any]:
         """The settings that training the task at this position reads: they enter its key, others don't."""
@@ -120,26 +136,40 @@ class Method(ABC):
         parameters = [*learner.branch_parameters, *learner.head_parameters]
         return plain_step(batch.loss_of, batch.indices, parameters, learner.step, learner.reduce_gradients)
 
-    def trained_tensors(self, model: Backbone) -> dict[str, Tensor]:
-        """What training has left on ``model``; :meth:`load_trained` takes it up."""
-        return {f"branch/{name}": tensor for name, tensor in model.branch_tensors().items()}
+    def penalty(self, model: Backbone) -> Tensor | None:
+        """A term that is added to every loss, whatever the batch."""
+        return None
 
-    def load_trained(self, model: Backbone, tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
-        """Attach what was trained again, from :meth:`trained_tensors` and the branches' scales in their order."""
-        branches = {name.removeprefix("branch/"): t for name, t in tensors.items() if name.startswith("branch/")}
-        model.attach_tensors(branches, scales)
+    def finish_training(self, model: Backbone, observation: Observation) -> dict[str, Tensor]:
+        """What merging and remembering need of the training beside the branches; the branches are still attached."""
+        return {}
 
     def merged(self, model: Backbone, observation: Observation, adapted: LayerMoments | None) -> dict[str, Tensor]:
-        """The trained branches as factors to merge: ``<layer>.up`` (d_out, k) and ``<layer>.down`` (k, d_in)."""
+        """The trained branches as factors to merge: ``<layer>.up`` (d_out, k) and ``<layer>.down`` (k, d_in), or a
+        change of full rank as ``<layer>.delta`` (d_out, d_in)."""
         factors: dict[str, Tensor] = {}
         for layer, branched in model.attached.items():
             branches = list(branched.branches.values())
-            factors[f"{layer}.up"] = torch.cat([branch.scale * branch.up.detach() for branch in branches], dim=1)
-            factors[f"{layer}.down"] = torch.cat([branch.down.detach() for branch in branches])
+            if branches:
+                factors[f"{layer}.up"] = torch.cat([branch.scaled_up() for branch in branches], dim=1)
+                factors[f"{layer}.down"] = torch.cat([branch.down.detach() for branch in branches])
+            if branched.change is not None:
+                factors[f"{layer}.delta"] = branched.change.detach()
         return factors
 
     def end_task(self, observation: Observation, adapted: LayerMoments | None, merged: LayerMoments | None) -> None:
         """Update the memory after merging; moments are given where the class attributes ask for them."""
+
+    def classifier(self) -> str | None:
+        """The method's own final classifier; None: the head section's."""
+        return None
+
+    def learn_classifier(self, features_ND: Tensor, labels_N: Tensor) -> None:
+        """Update a classifier of the method's own; features after merging, labels 0-based within the task."""
+
+    def logits(self, features_ND: Tensor) -> Tensor:
+        """(n, C) over all seen classes, where :meth:`classifier` names something that is no linear head."""
+        raise NotImplementedError(f"{self.name} has no classifier of its own")
 
     def weights_at_rest(self, factors: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
         """Which of the tasks' merged factors make up the weights between tasks: all of them."""
@@ -166,3 +196,11 @@ class Method(ABC):
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor], model: Backbone) -> None:
         """Take up what :meth:`state_tensors` gave after the task before; not called for the first task."""
+
+
+def rank_problems(key: str, rank: int, widths: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Whether a LoRA pair of this rank is wider than the narrowest side of a layer."""
+    layer, width = min(((name, min(size)) for name, size in widths.items()), key=lambda item: item[1])
+    if rank <= width:
+        return []
+    return [f"method.{key}: {rank} exceeds the width {width} of layer {layer!r}; use at most {width}"]

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from loda.backbone import Backbone
-from loda.methods.base import Method, MethodSettings, Observation
+from loda.methods.base import Method, MethodSettings, Observation, rank_problems
 from loda.seeds import generator
 
 
@@ -41,10 +41,7 @@ class Sequential(Method):
         self.pair: dict[str, Tensor] = {}
 
     def problems(self, widths: Mapping[str, tuple[int, int]]) -> list[str]:
-        layer, width = min(((name, min(size)) for name, size in widths.items()), key=lambda item: item[1])
-        if self.settings.rank <= width:
-            return []
-        return [f"method.rank: {self.settings.rank} exceeds the width {width} of layer {layer!r}; use at most {width}"]
+        return rank_problems("rank", self.settings.rank, widths)
 
     def begin_task(self, model: Backbone, observation: Observation) -> None:
         model.attach()
