@@ -146,7 +146,9 @@ def _batch(
 
     def data_loss(indices: Tensor) -> Tensor:
         share = group.share(indices)
-        if len(share) == 0:  # more workers than images: an empty share still has a (zero) gradient to sum
+        if (
+            len(share) == 0 and not method.exchanges_in_forward
+        ):  # more workers than images: an empty share still has a (zero) gradient to sum
             return torch.stack([(parameter * 0).sum() for parameter in parameters]).sum()
         whole = len(share) == len(labels_B)
         tasks = tasks_B if tasks_B is None or whole else tasks_B[share]

@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from loda.methods.base import Method, MethodSettings
+from loda.methods.expert_pool import ExpertPool
 from loda.methods.joint import Joint
 from loda.methods.loda import Loda
 from loda.methods.sequential import Sequential
@@ -17,7 +18,7 @@ from loda.methods.simplecil import SimpleCil
 
 logger = logging.getLogger(__name__)
 
-BUILT_IN: tuple[type[Method], ...] = (Loda, Sequential, Joint, SimpleCil)
+BUILT_IN: tuple[type[Method], ...] = (Loda, Sequential, Joint, SimpleCil, ExpertPool)
 
 
 @cache

@@ -97,6 +97,7 @@ class Method(ABC):
     needs_task_id: ClassVar[bool] = False  # evaluation tells it the task of each image
     knows_tasks: ClassVar[bool] = False  # joint methods only: training tells it the task of each image
     observes_tasks: ClassVar[bool] = False  # joint methods only: begin_task reads the moments of each task alone
+    exchanges_in_forward: ClassVar[bool] = False  # workers with no image of a batch must make the pass all the same
     joint: ClassVar[bool] = False  # all classes in one stage, whatever the order
     reobserves: ClassVar[bool] = False  # end_task reads moments with the branches attached
     remembers_moments: ClassVar[bool] = False  # end_task reads moments after merging
