@@ -10,14 +10,16 @@ from importlib import metadata
 from typing import Any
 
 from loda.methods.base import Method, MethodSettings
+from loda.methods.inflora import InfLora
 from loda.methods.joint import Joint
 from loda.methods.loda import Loda
+from loda.methods.ranpac import RanPac
 from loda.methods.sequential import Sequential
 from loda.methods.simplecil import SimpleCil
 
 logger = logging.getLogger(__name__)
 
-BUILT_IN: tuple[type[Method], ...] = (Loda, Sequential, Joint, SimpleCil)
+BUILT_IN: tuple[type[Method], ...] = (Loda, Sequential, Joint, SimpleCil, RanPac, InfLora)
 
 
 @cache
