@@ -11,14 +11,17 @@ from typing import Any
 
 from loda.methods.base import Method, MethodSettings
 from loda.methods.expert_pool import ExpertPool
+from loda.methods.gainlora import GainLora
+from loda.methods.inflora import InfLora
 from loda.methods.joint import Joint
 from loda.methods.loda import Loda
+from loda.methods.ranpac import RanPac
 from loda.methods.sequential import Sequential
 from loda.methods.simplecil import SimpleCil
 
 logger = logging.getLogger(__name__)
 
-BUILT_IN: tuple[type[Method], ...] = (Loda, Sequential, Joint, SimpleCil, ExpertPool)
+BUILT_IN: tuple[type[Method], ...] = (Loda, Sequential, Joint, SimpleCil, RanPac, InfLora, GainLora, ExpertPool)
 
 
 @cache
