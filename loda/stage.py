@@ -106,7 +106,8 @@ def _observe(bench: Workbench, node: StepNode, chain: Chain) -> tuple[dict[str, 
 
 def _observation(bench: Workbench, node: StepNode, observed: Artifact) -> Observation:
     moments = LayerMoments.unpacked(bench.backbone.layers_by_width, observed.tensors)
-    return Observation(moments.to(bench.backbone.device), node.position)
+    tasks = len(node.prefix) if build_method(bench.settings.method).joint else 1
+    return Observation(moments.to(bench.backbone.device), node.position, tasks=tasks)
 
 
 def _adapt(

@@ -15,13 +15,16 @@ from loda.methods.gainlora import GainLora
 from loda.methods.inflora import InfLora
 from loda.methods.joint import Joint
 from loda.methods.loda import Loda
+from loda.methods.mtllora import MtlLora
+from loda.methods.ortholora import OrthoLora
 from loda.methods.ranpac import RanPac
 from loda.methods.sequential import Sequential
 from loda.methods.simplecil import SimpleCil
+from loda.methods.thanora import ThanoRa
 
 logger = logging.getLogger(__name__)
 
-BUILT_IN: tuple[type[Method], ...] = (Loda, Sequential, Joint, SimpleCil, RanPac, InfLora, GainLora, ExpertPool)
+BUILT_IN: tuple[type[Method], ...] = (Loda, Sequential, Joint, SimpleCil, RanPac, InfLora, GainLora, ExpertPool, OrthoLora, MtlLora, ThanoRa)
 
 
 @cache

@@ -31,6 +31,7 @@ class Observation:
         moments: of the inputs of the adapted layers.
         position: 0 for the first task of an order.
         gradients: of the task's loss, computed when a method asks; None while consolidating.
+        tasks: learned at once; more than one for joint methods.
         of_tasks: moments of each task's images alone, for the joint methods that ask (``observes_tasks``).
     """
 
@@ -38,6 +39,7 @@ class Observation:
     position: int
     gradients: LossGradients | None = None
     of_tasks: tuple[LayerMoments, ...] = ()
+    tasks: int = 1
 
 
 @dataclass
