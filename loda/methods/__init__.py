@@ -10,16 +10,35 @@ from importlib import metadata
 from typing import Any
 
 from loda.methods.base import Method, MethodSettings
+from loda.methods.coso import Coso
 from loda.methods.inflora import InfLora
 from loda.methods.joint import Joint
+from loda.methods.keeplora import KeepLora
 from loda.methods.loda import Loda
+from loda.methods.lora_pm import LoraPm
+from loda.methods.olora import OLora
 from loda.methods.ranpac import RanPac
+from loda.methods.sdlora import SdLora
 from loda.methods.sequential import Sequential
 from loda.methods.simplecil import SimpleCil
+from loda.methods.slao import Slao
 
 logger = logging.getLogger(__name__)
 
-BUILT_IN: tuple[type[Method], ...] = (Loda, Sequential, Joint, SimpleCil, RanPac, InfLora)
+BUILT_IN: tuple[type[Method], ...] = (
+    Loda,
+    Sequential,
+    Joint,
+    SimpleCil,
+    RanPac,
+    InfLora,
+    SdLora,
+    OLora,
+    KeepLora,
+    Slao,
+    Coso,
+    LoraPm,
+)
 
 
 @cache
