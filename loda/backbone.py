@@ -135,14 +135,16 @@ class Backbone:
         self._hooks.append(embedding.register_forward_hook(lambda module, inputs, tokens_BND: read(tokens_BND)))
 
     def branch_tensors(self) -> dict[str, Tensor]:
-        """Every branch tensor, as ``<layer>/<branch>/<down|up>``, and what only some methods have: a trained scale as
-        ``<layer>/<branch>/scale``, a change of full rank as ``<layer>/change``."""
+        """Every branch tensor, as ``<layer>/<branch>/<down|up>``, and what only some methods have: a trained scale and an
+        anchor as ``<layer>/<branch>/<scale|anchor>``, a change of full rank as ``<layer>/change``."""
         tensors: dict[str, Tensor] = {}
         for layer, branched in self.attached.items():
             for name, branch in branched.branches.items():
                 tensors |= {f"{layer}/{name}/down": branch.down.detach(), f"{layer}/{name}/up": branch.up.detach()}
                 if isinstance(branch.scale, Tensor):
                     tensors[f"{layer}/{name}/scale"] = branch.scale.detach()
+                if branch.anchor is not None:
+                    tensors[f"{layer}/{name}/anchor"] = branch.anchor
             if branched.change is not None:
                 tensors[f"{layer}/change"] = branched.change.detach()
         return tensors
@@ -155,7 +157,8 @@ class Backbone:
                 if f"{layer}/{name}/down" in tensors:
                     down_rD, up_Or = tensors[f"{layer}/{name}/down"], tensors[f"{layer}/{name}/up"]
                     own = float(tensors.get(f"{layer}/{name}/scale", scale))
-                    branched.add(name, down_rD, up_Or, scale=own, train_down=False)
+                    anchor_Or = tensors.get(f"{layer}/{name}/anchor")
+                    branched.add(name, down_rD, up_Or, scale=own, train_down=False, anchor_Or=anchor_Or)
             if f"{layer}/change" in tensors:
                 branched.add_change(tensors[f"{layer}/change"])
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Branch(nn.Module):
-    """One branch ``scale · up(down(x))``.
+    """One branch ``scale · up(down(x))``, or ``scale · (up - anchor)(down(x))`` where B starts at an anchor.
 
     Args:
         down_rD: (r, d_in) down-projection A.
@@ -20,6 +20,8 @@ class Branch(nn.Module):
         train_down: whether A is trained beside B.
         train_up: whether B is trained.
         train_scale: whether γ is trained; it is a number else.
+        anchor_Or: (d_out, r) B₀, where the weight under the branch was reset by ``-γ B₀ A``. Both come as one difference,
+            which is exactly zero at the start.
     """
 
     def __init__(
@@ -30,11 +32,17 @@ class Branch(nn.Module):
         train_down: bool,
         train_up: bool = True,
         train_scale: bool = False,
+        anchor_Or: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.down = nn.Parameter(down_rD.clone(), requires_grad=train_down)
         self.up = nn.Parameter(up_Or.clone(), requires_grad=train_up)
         self.scale: float | Tensor = nn.Parameter(up_Or.new_tensor(scale)) if train_scale else scale
+        self.anchor = anchor_Or
+
+    def moved_up(self) -> Tensor:
+        """B, less its anchor."""
+        return self.up if self.anchor is None else self.up - self.anchor
 
     @property
     def number(self) -> float:
@@ -43,12 +51,12 @@ class Branch(nn.Module):
 
     def delta(self) -> Tensor:
         """The branch as a weight change, (d_out, d_in)."""
-        return self.scale * (self.up @ self.down)
+        return self.scale * (self.moved_up() @ self.down)
 
     def scaled_up(self) -> Tensor:
         """``γ B`` (d_out, r), detached: with A the factors to merge."""
         scale = self.scale.detach() if isinstance(self.scale, Tensor) else self.scale
-        return scale * self.up.detach()
+        return scale * self.moved_up().detach()
 
 
 class Branches(nn.ModuleDict):
@@ -95,12 +103,17 @@ class BranchedLinear(nn.Module):
         train_down: bool,
         train_up: bool = True,
         train_scale: bool = False,
+        anchor_Or: Tensor | None = None,
     ) -> None:
         """Attach a branch; ``up`` starts at zero unless given."""
         weight = self.base.weight
         if up_Or is None:
             up_Or = weight.new_zeros(self.base.out_features, down_rD.shape[0])
-        self.branches[name] = Branch(down_rD.to(weight), up_Or.to(weight), scale, train_down, train_up, train_scale)
+        if anchor_Or is not None:
+            anchor_Or = anchor_Or.to(weight)
+        self.branches[name] = Branch(
+            down_rD.to(weight), up_Or.to(weight), scale, train_down, train_up, train_scale, anchor_Or
+        )
 
     def trainable(self) -> list[Tensor]:
         """The tensors that are trained."""
@@ -121,10 +134,10 @@ class BranchedLinear(nn.Module):
             return base
         if len(branches) == 1:
             down_rD: Tensor = branches[0].down
-            up_Or = branches[0].scale * branches[0].up
+            up_Or = branches[0].scale * branches[0].moved_up()
         else:
             down_rD = torch.cat([branch.down for branch in branches])
-            up_Or = torch.cat([branch.scale * branch.up for branch in branches], dim=1)
+            up_Or = torch.cat([branch.scale * branch.moved_up() for branch in branches], dim=1)
         narrow_BNr = F.linear(x, down_rD)
         if self.weigh is not None:
             ranks = torch.tensor([branch.down.shape[0] for branch in branches], device=x.device)

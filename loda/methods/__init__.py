@@ -10,21 +10,45 @@ from importlib import metadata
 from typing import Any
 
 from loda.methods.base import Method, MethodSettings
+from loda.methods.coso import Coso
 from loda.methods.expert_pool import ExpertPool
 from loda.methods.gainlora import GainLora
 from loda.methods.inflora import InfLora
 from loda.methods.joint import Joint
+from loda.methods.keeplora import KeepLora
 from loda.methods.loda import Loda
+from loda.methods.lora_pm import LoraPm
 from loda.methods.mtllora import MtlLora
+from loda.methods.olora import OLora
 from loda.methods.ortholora import OrthoLora
 from loda.methods.ranpac import RanPac
+from loda.methods.sdlora import SdLora
 from loda.methods.sequential import Sequential
 from loda.methods.simplecil import SimpleCil
+from loda.methods.slao import Slao
 from loda.methods.thanora import ThanoRa
 
 logger = logging.getLogger(__name__)
 
-BUILT_IN: tuple[type[Method], ...] = (Loda, Sequential, Joint, SimpleCil, RanPac, InfLora, GainLora, ExpertPool, OrthoLora, MtlLora, ThanoRa)
+BUILT_IN: tuple[type[Method], ...] = (
+    Loda,
+    Sequential,
+    Joint,
+    SimpleCil,
+    RanPac,
+    InfLora,
+    SdLora,
+    OLora,
+    KeepLora,
+    Slao,
+    Coso,
+    LoraPm,
+    GainLora,
+    ExpertPool,
+    OrthoLora,
+    MtlLora,
+    ThanoRa,
+)
 
 
 @cache

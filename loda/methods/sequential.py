@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from loda.backbone import Backbone
 from loda.methods.base import Observation
+from loda.methods.loda import PUBLISHED_TRAINING
 from loda.methods.pairs import PairMethod, PairSettings, random_down
 
 
@@ -28,6 +29,7 @@ class Sequential(PairMethod):
     summary = "one LoRA pair, warm-started from task to task"
     source = "Hu et al. 2022, LoRA (arXiv 2106.09685), trained sequentially"
     Settings = SequentialSettings
+    published: ClassVar[Mapping[str, Any]] = {"method.rank": 32, **PUBLISHED_TRAINING}  # as LoDA's
 
     settings: SequentialSettings
 
