@@ -108,9 +108,13 @@ class MtlLora(PairMethod):
             weighing_Tn = torch.randn(tasks, read.ups, generator=generator(read.start_seed, "weighing", name))
             self._add(model, name, down_rD, ups_nOr, mixing_Trr, weighing_Tn)
 
-    def _add(self, model: Backbone, layer: str, *parts: Tensor) -> TaskMixture:
-        read = self.settings
-        mixture = TaskMixture(*parts, read.scale, read.temperature, lambda: model.tasks_B).to(model.device)
+    def _add(
+        self, model: Backbone, layer: str, down_rD: Tensor, ups_nOr: Tensor, mixing_Trr: Tensor, weighing_Tn: Tensor
+    ) -> TaskMixture:
+        scale, temperature = self.settings.scale, self.settings.temperature
+        mixture = TaskMixture(down_rD, ups_nOr, mixing_Trr, weighing_Tn, scale, temperature, lambda: model.tasks_B).to(
+            model.device
+        )
         model.attached[layer].extra = mixture
         return mixture
 
@@ -130,7 +134,8 @@ class MtlLora(PairMethod):
             return
         model.attach()
         for layer in model.attached:
-            self._add(model, layer, *(self.tensors[f"{layer}.{part}"] for part in PARTS)).requires_grad_(False)
+            down_rD, ups_nOr, mixing_Trr, weighing_Tn = (self.tensors[f"{layer}.{part}"] for part in PARTS)
+            self._add(model, layer, down_rD, ups_nOr, mixing_Trr, weighing_Tn).requires_grad_(False)
 
     def state_tensors(self) -> dict[str, Tensor]:
         return self.tensors

@@ -21,9 +21,9 @@ class OrthoLoraSettings(JointSettings):
 class OrthoLora(Joint):
     """Joint LoRA; in each matrix (each A, each B) a task's gradient loses what opposes another task's.
 
-    For each task i of a batch, and each other task j: if ``⟨g_i', g_j⟩ < 0`` then ``g_i' -= ⟨g_i', g_j⟩/‖g_j‖² g_j``; the
-    step is on the sum over tasks. ``g_i`` is the gradient of the task's share of the batch's mean loss, so without a
-    conflict the step is plain joint training's, to the bit: the changes are added to the gradient of the whole batch.
+    For each task i of a batch, and each other task j: if ``⟨g_i', g_j⟩ < 0`` then ``g_i' -= ⟨g_i', g_j⟩/‖g_j‖² g_j``;
+    the step is on the sum over tasks. ``g_i`` is the gradient of the task's share of the batch's mean loss, so without
+    a conflict the step is plain joint training's, to the bit: changes are added to the gradient of the whole batch.
     The head takes the plain gradient. Ours, where the rule leaves it open: j runs through the tasks in ascending order.
     """
 

@@ -166,7 +166,9 @@ def test_training_moves_what_it_should(trained: Trained) -> None:
         if node.step == "adapt":
             tensors = artifacts[node.key].tensors
             assert bool(tensors) == method.trains
-            ups = [tensor for name, tensor in tensors.items() if name.endswith(("/up", "/change"))]
+            ups = [
+                tensor for name, tensor in tensors.items() if name.endswith(("/up", "/change", ".ups", ".coefficients"))
+            ]
             assert all(bool(up.any()) for up in ups)
             if method.trains:
                 assert len(ups) >= len(bench.backbone.layers)
@@ -251,15 +253,20 @@ def test_a_run_taken_up_from_a_store_gives_the_bits_of_the_uninterrupted_one(kep
 
 
 def test_the_model_at_rest_gives_the_recorded_class_means(trained: Trained) -> None:
-    """What consolidation measured is what the merged backbone computes, with no branch left."""
+    """What consolidation measured is what the backbone computes with what the method predicts with, and no more."""
     bench, nodes, artifacts = trained
     method = build_method(bench.settings.method)
     states = [artifacts[node.key] for node in nodes if node.step == "consolidate"]
-    bench.backbone.load_merges(method.weights_at_rest([merge_factors(state) for state in states]))
+    if memory := memory_tensors(states[-1]):
+        method.load_state_tensors(memory, bench.backbone)
+    bench.rest(method, [merge_factors(state) for state in states])
+    assert bool(bench.backbone.attached) == (method.prediction != "merged")
     classes = states[-1].meta["classes"][-states[-1].meta["task_sizes"][-1] :]
     rows = bench.indices(classes, "train")
+    tasks_N = torch.tensor([bench.tasks[1].classes.count(int(label)) for label in bench.dataset.labels[rows]])
     with torch.no_grad():
-        features_ND = bench.backbone.features(bench.backbone.normalize(bench.images(rows).float() / 255))
+        features_ND = bench.backbone.features(bench.backbone.normalize(bench.images(rows).float() / 255), tasks_N)
+    bench.backbone.detach()
     labels_N = bench.labels(rows, classes)
     for index in range(len(classes)):
         found = states[-1].tensors["class_means"][len(states[-1].meta["classes"]) - len(classes) + index]
@@ -277,8 +284,8 @@ def test_branches_change_nothing_before_the_first_step(name: str, tiny_settings:
     gradients = LossGradients(
         bench.backbone, CosineHead(torch.eye(6, 32)), images, labels_N, 20.0, 0.0, 16, WorkerGroup()
     )
-    method.begin_task(bench.backbone, Observation(moments, 0, gradients))
-    attached_ND, _ = bench.pass_over(images)
+    method.begin_task(bench.backbone, Observation(moments, 0, gradients, tasks=2, of_tasks=(moments, moments)))
+    attached_ND, _ = bench.pass_over(images, tasks_N=torch.arange(len(images)) % 2)
     torch.testing.assert_close(attached_ND, features_ND, rtol=0, atol=1e-6)
     assert bool(trainable_parameters(bench.backbone)) == method.trains
     own = {id(tensor) for tensor in trainable_parameters(bench.backbone)}
