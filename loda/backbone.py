@@ -135,8 +135,8 @@ class Backbone:
         self._hooks.append(embedding.register_forward_hook(lambda module, inputs, tokens_BND: read(tokens_BND)))
 
     def branch_tensors(self) -> dict[str, Tensor]:
-        """Every branch tensor, as ``<layer>/<branch>/<down|up>``, and what only some methods have: a trained scale and an
-        anchor as ``<layer>/<branch>/<scale|anchor>``, a change of full rank as ``<layer>/change``."""
+        """Every branch tensor, as ``<layer>/<branch>/<down|up>``, and what only some methods have: a trained scale
+        and an anchor as ``<layer>/<branch>/<scale|anchor>``, a change of full rank as ``<layer>/change``."""
         tensors: dict[str, Tensor] = {}
         for layer, branched in self.attached.items():
             for name, branch in branched.branches.items():

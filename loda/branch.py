@@ -20,8 +20,8 @@ class Branch(nn.Module):
         train_down: whether A is trained beside B.
         train_up: whether B is trained.
         train_scale: whether γ is trained; it is a number else.
-        anchor_Or: (d_out, r) B₀, where the weight under the branch was reset by ``-γ B₀ A``. Both come as one difference,
-            which is exactly zero at the start.
+        anchor_Or: (d_out, r) B₀, where the weight under the branch was reset by ``-γ B₀ A``. Both come as one
+            difference, which is exactly zero at the start.
     """
 
     def __init__(

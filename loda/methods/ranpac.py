@@ -77,7 +77,8 @@ class RanPac(Method):
     def learn_classifier(self, features_ND: Tensor, labels_N: Tensor) -> None:
         h_NM = self.random_features(features_ND)
         y_NC = F.one_hot(labels_N).double()
-        self.gram_MM = self.gram_MM + h_NM.mT @ h_NM
+        gram_MM = h_NM.mT @ h_NM
+        self.gram_MM = self.gram_MM + (gram_MM + gram_MM.mT) / 2  # symmetric to the last bit, as it is stored
         self.products_MC = torch.cat([self.products_MC, h_NM.mT @ y_NC], dim=1)
         ridge = self.settings.ridge or self._chosen_ridge(h_NM, y_NC)
         self.ridge = torch.tensor([ridge], dtype=torch.float64)

@@ -75,7 +75,7 @@ def test_no_direction_without_energy_is_ever_taken() -> None:
 
 def test_a_memory_goes_through_its_tensors() -> None:
     memory = SubspaceMemory()
-    for name, energy in (("blocks.0.attn.qkv", 0.5), ("blocks.0.mlp.fc2", 0.999)):
+    for name, energy in (("blocks.0.attn.qkv", 0.5), ("blocks.0.mlp.fc2", 0.999999)):
         memory.grow(name, _moment(0), energy)
     assert memory.retaining == {"blocks.0.mlp.fc2"}
     again = SubspaceMemory()

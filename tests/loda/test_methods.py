@@ -203,7 +203,7 @@ def test_memory_grows_as_the_method_says(trained: Trained) -> None:
 
 
 def test_frozen_tensors_keep_their_bits_and_no_branch_stays(trained: Trained) -> None:
-    bench, nodes, artifacts = trained
+    bench, _, _ = trained
     fresh = open_workbench(bench.settings).backbone
     assert bench.backbone.attached == {}
     targets = {f"{name}.weight" for name in fresh.layers}
