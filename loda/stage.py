@@ -6,29 +6,26 @@ Each part is a pure function of the artifacts it reads and of the settings in it
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from loda.alignment import align_classifier
-from loda.classifier import ClassifierKind, ClassStatistics, drift_map, linear_classifier
+from loda.classifier import ClassStatistics, drift_map
 from loda.errors import StageError
+from loda.evaluation import Chain, evaluate, statistics_of
 from loda.gradients import LossGradients
-from loda.graph import StepNode, classifier_choice, stage_classes
+from loda.graph import StepNode, stage_classes
 from loda.head import CosineHead, random_head_weight
 from loda.methods import build_method
-from loda.methods.base import Method, Observation
+from loda.methods.base import Observation
 from loda.moments import LayerMoments
 from loda.seeds import generator
 from loda.state import Artifact
 from loda.training import EpochCallback, train_task, trainable_parameters
-from loda.workbench import Workbench, memory_tensors, merge_factors
-
-Chain = Sequence[Artifact]
+from loda.workbench import Workbench, merge_factors, method_after
 
 
 def run_step(
@@ -56,7 +53,7 @@ def run_step(
         elif node.step == "consolidate":
             tensors, meta = _consolidate(bench, node, chain, own["observe"], own["adapt"])
         else:
-            tensors, meta = _evaluate(bench, node, chain, own["observe"], own["consolidate"])
+            tensors, meta = evaluate(bench, node, chain, own["observe"], own["consolidate"])
     except StageError as error:
         names = " > ".join(bench.tasks[index].name for index in node.prefix)
         raise StageError(f"{node.step} of stage {node.position + 1} ({names}): {error}") from error
@@ -67,22 +64,6 @@ def run_step(
     if epoch_seconds:
         timings |= {f"epoch_{index + 1}": seconds for index, seconds in enumerate(epoch_seconds)}
     return Artifact(tensors, {"step": node.step} | meta, timings)
-
-
-def _method_at(bench: Workbench, chain: Chain) -> Method:
-    method = build_method(bench.settings.method)
-    memory = memory_tensors(chain[-1]) if chain else {}
-    if memory:
-        method.load_state_tensors(memory, bench.backbone)
-    return method
-
-
-def _tasks_of(bench: Workbench, method: Method, node: StepNode, rows: np.ndarray) -> Tensor | None:
-    """Which task of the prefix each image is of, (n,) int64, where the method may know it."""
-    if not (method.knows_tasks or method.needs_task_id):
-        return None
-    task_of = {label: t for t, index in enumerate(node.prefix) for label in bench.tasks[index].classes}
-    return torch.tensor([task_of[int(label)] for label in bench.dataset.labels[rows]], dtype=torch.int64)
 
 
 def _draw_names(bench: Workbench, node: StepNode) -> tuple[object, ...]:
@@ -98,7 +79,7 @@ def _observe(bench: Workbench, node: StepNode, chain: Chain) -> tuple[dict[str, 
     """
     classes = stage_classes(bench.settings, bench.tasks, node.prefix)
     rows = bench.indices(classes, "train")
-    bench.rest(_method_at(bench, chain), [merge_factors(a) for a in chain])
+    bench.rest(method_after(bench, chain), [merge_factors(a) for a in chain])
     features_ND, moments = bench.pass_over(bench.images(rows), record_moments=True)
     assert moments is not None
     return {"features": features_ND} | moments.packed(), {"images": len(rows)}
@@ -115,12 +96,12 @@ def _adapt(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Steps 2 and 3: decompose, attach the branches, train them with the current task's head."""
     settings, backbone = bench.settings, bench.backbone
-    method = _method_at(bench, chain)
+    method = method_after(bench, chain)
     if not method.trains:
         return {}, {}
     classes = stage_classes(settings, bench.tasks, node.prefix)
     rows = bench.indices(classes, "train")
-    labels_N, tasks_N = bench.labels(rows, classes), _tasks_of(bench, method, node, rows)
+    labels_N, tasks_N = bench.labels(rows, classes), bench.tasks_of(method, node.prefix, rows)
     backbone.load_merges(method.weights_in_training([merge_factors(a) for a in chain]))
     names = _draw_names(bench, node)
     if settings.head.start == "class_means":
@@ -180,11 +161,11 @@ def _consolidate(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Steps 4 to 7: re-observe, recalibrate, merge, remember; then the class statistics, and alignment if asked."""
     settings, backbone = bench.settings, bench.backbone
-    method = _method_at(bench, chain)
+    method = method_after(bench, chain)
     classes = stage_classes(settings, bench.tasks, node.prefix)
     rows = bench.indices(classes, "train")
     images_NCHW, labels_N = bench.images(rows), bench.labels(rows, classes)
-    tasks_N = _tasks_of(bench, method, node, rows)
+    tasks_N = bench.tasks_of(method, node.prefix, rows)
     observation = _observation(bench, node, observed)
     earlier = [merge_factors(artifact) for artifact in chain]
     factors: dict[str, Tensor] = {}
@@ -214,7 +195,7 @@ def _consolidate(
     sizes = [len(classes)]
     if chain:
         before = chain[-1]
-        old = _statistics(before)
+        old = statistics_of(before)
         if settings.head.drift == "linear" and method.trains:
             old = old.transported(drift_map(observed.tensors["features"], features_ND, settings.head.drift_ridge))
         statistics = old.joined(statistics)
@@ -244,84 +225,3 @@ def _consolidate(
     seen = [*(chain[-1].meta["classes"] if chain else []), *classes]
     parent = chain[-1].digest if chain else bench.root_key
     return tensors, {"classes": seen, "task_sizes": sizes, "parent_digest": parent, "facts": method.facts}
-
-
-def _statistics(state: Artifact) -> ClassStatistics:
-    tensors = state.tensors
-    return ClassStatistics(
-        tensors["class_means"], tensors["class_counts"], tensors["class_scatter"], tensors.get("class_covariances")
-    )
-
-
-def _evaluate(
-    bench: Workbench, node: StepNode, chain: Chain, observed: Artifact, state: Artifact
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Accuracy on every task seen so far, over all seen classes, and two probes for forward transfer.
-
-    Only a method that ``needs_task_id`` is told each image's task; the choice is among all seen classes all the same.
-    For it a second figure goes without the id: the largest logit of the tasks' own classes, each from the features
-    that its task gives.
-    """
-    assert node.split is not None
-    settings = bench.settings
-    method = _method_at(bench, (*chain, state))
-    kind: Any = classifier_choice(settings)
-    seen = state.meta["classes"]
-    bench.rest(method, [merge_factors(a) for a in (*chain, state)])
-    rows = bench.indices(seen, node.split)
-    labels_N, images_NCHW = bench.labels(rows, seen), bench.images(rows)
-    tensors: dict[str, Tensor] = {}
-    if kind in get_args(ClassifierKind):
-        weight_CD, bias_C = linear_classifier(kind, state.tensors["head"], _statistics(state), settings.head.shrinkage)
-        tensors = {"classifier.weight": weight_CD, "classifier.bias": bias_C}
-
-    def logits(tasks_N: Tensor | None) -> Tensor:
-        features_ND, _ = bench.pass_over(images_NCHW, tasks_N=tasks_N)
-        return F.linear(features_ND, weight_CD, bias_C) if tensors else method.logits(features_ND)
-
-    right_N = logits(_tasks_of(bench, method, node, rows)).argmax(-1) == labels_N
-    position_of = {label: index for index, label in enumerate(seen)}
-    own = [torch.tensor([position_of[label] for label in bench.tasks[index].classes]) for index in node.prefix]
-    inside = [torch.isin(labels_N, positions) for positions in own]
-    correct = [int(right_N[inside_N].sum()) for inside_N in inside]
-    count = [int(inside_N.sum()) for inside_N in inside]
-    meta: dict[str, Any] = {"split": node.split, "classifier": kind, "correct": correct, "count": count}
-    if method.needs_task_id:
-        logits_NC = torch.empty(len(rows), len(seen))
-        for task, positions in enumerate(own):
-            logits_NC[:, positions] = logits(torch.full((len(rows),), task))[:, positions]
-        right_N = logits_NC.argmax(-1) == labels_N
-        meta["correct_without_task_id"] = [int(right_N[inside_N].sum()) for inside_N in inside]
-    if not method.joint:
-        meta |= _forward_probes(bench, node, chain, observed)
-    return tensors, meta
-
-
-def _forward_probes(bench: Workbench, node: StepNode, chain: Chain, observed: Artifact) -> dict[str, float]:
-    """In-task accuracy (%) of class means on a task before it is trained: with the earlier tasks' backbone, and frozen.
-
-    Their difference is the task's forward transfer. Ours: a head for unseen classes doesn't exist in
-    class-incremental learning, so class means of the task's own training images stand in for it.
-    """
-    assert node.split is not None
-    classes = bench.tasks[node.prefix[-1]].classes
-    train, scored = bench.indices(classes, "train"), bench.indices(classes, node.split)
-
-    def accuracy(train_features_ND: Tensor) -> float:
-        features_ND, _ = bench.pass_over(bench.images(scored))
-        means_CD = ClassStatistics.of(train_features_ND, bench.labels(train, classes), len(classes)).means_CD
-        predicted_N = F.linear(F.normalize(features_ND, dim=-1), F.normalize(means_CD, dim=-1)).argmax(-1)
-        return 100 * float((predicted_N == bench.labels(scored, classes)).double().mean())
-
-    method = _method_at(bench, chain)
-    bench.rest(method, [merge_factors(a) for a in chain])
-    before = accuracy(observed.tensors["features"])
-    if not chain or not method.trains:
-        return {"probe_before": before, "probe_frozen": before}
-    memo = (classes, node.split)
-    if memo not in bench.frozen_probes:
-        bench.backbone.detach()
-        bench.backbone.load_merges([])
-        frozen_ND, _ = bench.pass_over(bench.images(train))
-        bench.frozen_probes[memo] = accuracy(frozen_ND)
-    return {"probe_before": before, "probe_frozen": bench.frozen_probes[memo]}

@@ -85,6 +85,13 @@ class Workbench:
         position = {label: index for index, label in enumerate(classes)}
         return torch.tensor([position[int(label)] for label in self.dataset.labels[rows]], dtype=torch.int64)
 
+    def tasks_of(self, method: Method, prefix: Sequence[int], rows: np.ndarray) -> Tensor | None:
+        """Which task of the prefix each row's image is of, (n,) int64, where the method may know it; else None."""
+        if not (method.knows_tasks or method.needs_task_id):
+            return None
+        task_of = {label: t for t, index in enumerate(prefix) for label in self.tasks[index].classes}
+        return torch.tensor([task_of[int(label)] for label in self.dataset.labels[rows]], dtype=torch.int64)
+
     def rest(self, method: Method, factors: Sequence[Mapping[str, Tensor]]) -> None:
         """Bring the backbone to what the method predicts with after the tasks of these merged factors."""
         self.backbone.detach()
@@ -143,6 +150,15 @@ def merge_factors(artifact: Artifact) -> dict[str, Tensor]:
 def memory_tensors(artifact: Artifact) -> dict[str, Tensor]:
     """What the method remembers after a task."""
     return {name.removeprefix("memory/"): t for name, t in artifact.tensors.items() if name.startswith("memory/")}
+
+
+def method_after(bench: Workbench, chain: Sequence[Artifact]) -> Method:
+    """The run's method with what it remembers after these consolidated stages, first task first."""
+    method = build_method(bench.settings.method)
+    memory = memory_tensors(chain[-1]) if chain else {}
+    if memory:
+        method.load_state_tensors(memory, bench.backbone)
+    return method
 
 
 def open_workbench(
