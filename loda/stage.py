@@ -179,6 +179,7 @@ def _consolidate(
             for name, tensor in trained.tensors.items()
             if name.startswith("trained/")
         }
+        method.attach_trained(backbone)
         adapted = None
         if method.reobserves and node.position > 0:
             _, adapted = bench.pass_over(images_NCHW, record_moments=True, tasks_N=tasks_N)

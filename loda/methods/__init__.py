@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from loda.methods.base import Method, MethodSettings
+from loda.methods.bilora import BiLora
 from loda.methods.coso import Coso
 from loda.methods.expert_pool import ExpertPool
 from loda.methods.gainlora import GainLora
@@ -48,6 +49,7 @@ BUILT_IN: tuple[type[Method], ...] = (
     OrthoLora,
     MtlLora,
     ThanoRa,
+    BiLora,
 )
 
 

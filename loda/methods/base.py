@@ -147,6 +147,9 @@ class Method(ABC):
         """What merging and remembering need of the training beside the branches; the branches are still attached."""
         return {}
 
+    def attach_trained(self, model: Backbone) -> None:
+        """Attach again what :meth:`finish_training` gave and the output depends on; the branches are there already."""
+
     def merged(self, model: Backbone, observation: Observation, adapted: LayerMoments | None) -> dict[str, Tensor]:
         """The trained branches as factors to merge: ``<layer>.up`` (d_out, k) and ``<layer>.down`` (k, d_in), or a
         change of full rank as ``<layer>.delta`` (d_out, d_in)."""

@@ -30,7 +30,14 @@ ORDER = (1, 0)
 # Small ranks wherever a method has them; everything else as it comes.
 RANKS = {"rank": 4, "rank_general": 4, "rank_isolated": 4}
 # Random features for a handful of images; a memory that leaves room in layers of width 32, which noise fills.
-SMALL: dict[str, Any] = {**RANKS, "projection": 40, "energy_weights": 0.3, "energy_features": 0.6, "energy": 0.7}
+SMALL: dict[str, Any] = {
+    **RANKS,
+    "projection": 40,
+    "energy_weights": 0.3,
+    "energy_features": 0.6,
+    "energy": 0.7,
+    "frequencies": 200,
+}
 # What is merged isn't what was trained, by the method's own rule: recalibrated, averaged, or shortened.
 CHANGED_BY_MERGING = {"loda", "slao", "lora_pm"}
 # A second value for each setting, where none can be derived from its type.
@@ -229,6 +236,9 @@ def test_merging_leaves_outputs_as_they_were_trained(trained: Trained) -> None:
             branches = {n.removeprefix("branch/"): t for n, t in adapted.tensors.items() if n.startswith("branch/")}
             bench.backbone.load_merges(method.weights_in_training([merge_factors(state) for state in chain]))
             bench.backbone.attach_tensors(branches, dict(adapted.meta["scales"]))
+            trained_tensors = {n.removeprefix("trained/"): t for n, t in adapted.tensors.items()}
+            method.trained = {n: t for n, t in trained_tensors.items() if f"trained/{n}" in adapted.tensors}
+            method.attach_trained(bench.backbone)
             attached_ND, _ = bench.pass_over(images)
             bench.backbone.detach()
         if node.step == "consolidate":
