@@ -55,9 +55,12 @@ def _common(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _places(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     version = values.get("model_version")
     registered = f" (registered as {values['study']}-merged, version {version})" if version else ""
+    model = f"orchestrate export {values['study']} DIR{registered}"
+    if refusal := values.get("export_refusal"):
+        model = f"none, and none registered: of {values['method']}, {refusal}"
     return [
         ("results", values["results"]),
-        ("merged model", f"orchestrate export {values['study']} DIR{registered}"),
+        ("merged model", model),
         ("MLflow page", "orchestrate ui"),
     ]
 

@@ -132,7 +132,7 @@ def _publish(
     recorder: Recorder,
     values: Mapping[str, Any],
 ) -> str | None:
-    """Log the tables and register the merged model of the first evaluation order."""
+    """Log the tables and register the merged model of the first evaluation order, if the method leaves one."""
     files: dict[str, bytes | str] = {
         f"{name}.parquet": (session.folder / f"{name}.parquet").read_bytes() for name in ("results", "timings")
     }

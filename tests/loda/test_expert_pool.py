@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from loda.backbone import Backbone
 from loda.methods.base import Observation
 from loda.methods.expert_pool import ClassTokenRouter, ExpertPool, ExpertPoolSettings
-from loda.settings import RunSettings
 from tests.conftest import ALL_TARGETS, BackboneFactory, SettingsFactory
 from tests.loda.attached import fill_up_projections, images, moments
 from tests.loda.running import artifact_of, run_all
@@ -129,32 +125,3 @@ def test_the_most_used_experts_are_merged_and_remembered(tiny_settings: Settings
             past_OK = state.tensors[f"memory/{layer}"]
             assert past_OK.shape[1] == 2 * (position + 1)
             torch.testing.assert_close(past_OK.norm(dim=0), torch.ones(2 * (position + 1)))
-
-
-def _worker(rank: int, size: int, folder: str, settings: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    try:
-        run = run_all(RunSettings(**settings))
-        for name, content in artifact_of(run, "adapt", 1).to_files().items():
-            Path(folder, f"{rank}-{name}").write_bytes(content)
-    finally:
-        dist.destroy_process_group()
-
-
-def test_workers_use_the_same_experts_even_one_that_has_no_image(
-    tiny_settings: SettingsFactory, tmp_path: Path
-) -> None:
-    # 12 images in batches of 11: the last batch has a single image, and one worker none.
-    method = {"name": "expert_pool", "rank": 6, "active": 3, "merged": 2}
-    settings = tiny_settings(method=method, training={"epochs": 1, "batch_size": 11})
-    mp.spawn(_worker, args=(2, str(tmp_path), settings.model_dump()), nprocs=2)
-    alone = artifact_of(run_all(settings), "adapt", 1)
-    files = [{n: (tmp_path / f"{rank}-{n}").read_bytes() for n in alone.to_files()} for rank in (0, 1)]
-    workers = [type(alone).from_files(content) for content in files]
-    assert workers[0].digest == workers[1].digest
-    for name, tensor in alone.tensors.items():
-        if name.startswith("trained/"):
-            assert torch.equal(tensor, workers[0].tensors[name])
-        else:
-            torch.testing.assert_close(workers[0].tensors[name], tensor, rtol=0, atol=1e-4)
