@@ -123,6 +123,11 @@ def memory_tensors(artifact: Artifact) -> dict[str, Tensor]:
     return {name.removeprefix("memory/"): t for name, t in artifact.tensors.items() if name.startswith("memory/")}
 
 
+def memory_bytes(artifact: Artifact) -> int:
+    """What the method keeps between tasks beside the merged weights, the heads and the class statistics."""
+    return sum(tensor.nbytes for tensor in memory_tensors(artifact).values())
+
+
 def open_workbench(
     settings: RunSettings, group: WorkerGroup | None = None, dataset: ImageDataset | None = None
 ) -> Workbench:
