@@ -140,7 +140,7 @@ def package_round(bench: Workbench, problem: Problem, gao: bool) -> Callable[[],
 
     def work() -> None:
         for inputs_BCHW, labels_B in zip(problem.inputs, problem.labels, strict=True):
-            batch: Batch = _batch(backbone, head, inputs_BCHW, labels_B, settings.head, bench.group)
+            batch: Batch = _batch(backbone, method, head, inputs_BCHW, labels_B, settings.head, bench.group)
             method.training_step(learner, batch)
 
     return work

@@ -161,6 +161,11 @@ def method_after(bench: Workbench, chain: Sequence[Artifact]) -> Method:
     return method
 
 
+def memory_bytes(artifact: Artifact) -> int:
+    """What the method keeps between tasks beside the merged weights, the heads and the class statistics."""
+    return sum(tensor.nbytes for tensor in memory_tensors(artifact).values())
+
+
 def open_workbench(
     settings: RunSettings, group: WorkerGroup | None = None, dataset: ImageDataset | None = None
 ) -> Workbench:

@@ -20,8 +20,8 @@ class BiLoraSettings(MethodSettings):
 
     name: Literal["bilora"] = "bilora"
     frequencies: PositiveInt = Field(3000, description="a layer and task; a layer that has fewer gives all")
-    scale: PositiveFloat = 1.0
-    frequency_seed: int = Field(0, ge=0)
+    scale: PositiveFloat = Field(1.0, description="s of the change")
+    frequency_seed: int = Field(0, ge=0, description="draws which frequencies a task gets")
 
 
 class SpectralChange(nn.Module):

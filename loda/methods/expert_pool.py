@@ -21,10 +21,10 @@ class ExpertPoolSettings(MethodSettings):
     rank: PositiveInt = Field(12, description="experts, of rank 1 each")
     active: PositiveInt = Field(8, description="experts that a batch uses; capped by rank")
     merged: PositiveInt = Field(4, description="most used experts that a finished task merges; capped by active")
-    scale: PositiveFloat = 1.0
+    scale: PositiveFloat = Field(1.0, description="s of the experts' sum")
     orthogonality: float = Field(0.1, ge=0, description="weight of ‖B_currentᵀ B_past‖")
     router_grad: Literal["none", "ste"] = Field("none", description="published code: none; ste: straight-through")
-    start_seed: int = Field(0, ge=0)
+    start_seed: int = Field(0, ge=0, description="experts and router")
 
 
 class ClassTokenRouter(nn.Module):
@@ -81,7 +81,7 @@ class ExpertPool(Method):
 
     name = "expert_pool"
     summary = "rank-1 experts chosen by the batch's class tokens; the four most used are merged"
-    source = "rank-1 expert pool in a single LoRA; written from the method's formulas"
+    source = "Fa et al. 2026, rank-1 expert pool in a single LoRA (arXiv 2601.22828)"
     Settings = ExpertPoolSettings
     memory_growth: ClassVar[Literal["constant", "bounded", "linear"]] = "linear"
     exchanges_in_forward: ClassVar[bool] = True

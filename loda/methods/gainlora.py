@@ -24,7 +24,7 @@ class GainLoraSettings(InfLoraSettings):
     name: Literal["gainlora"] = "gainlora"  # type: ignore[assignment]
     gate_hidden: PositiveInt = Field(100, description="width of the gate's hidden layer")
     gate_energy: float = Field(0.995, gt=0, le=1, description="share of the gate's inputs that a new gate ignores")
-    gate_seed: int = Field(0, ge=0)
+    gate_seed: int = Field(0, ge=0, description="draws the gates' start")
 
 
 class GainLora(InfLora):
@@ -42,7 +42,7 @@ class GainLora(InfLora):
 
     name = "gainlora"
     summary = "a stack of InfLoRA branches, each behind a gate that is silent on earlier tasks"
-    source = "Liang and Li 2025, GainLoRA"
+    source = "Liang and Li 2025, GainLoRA (arXiv 2505.15424)"
     Settings = GainLoraSettings
     mergeable: ClassVar[bool] = False
     export_refusal: ClassVar[str] = "its branches are weighed image by image, which no single weight can do"

@@ -30,6 +30,9 @@ PUBLISHED_TRAINING = {
     "training.weight_decay": 5e-4,
     "training.augmentation.crop_scale": 0.05,
     "training.augmentation.flip": True,
+    # Crops and flips are all, whatever a study adds.
+    **{f"training.augmentation.{key}": 0.0 for key in ("rotation", "shear", "zoom", "shift")},
+    "training.augmentation.stretch": 1.0,
     "head.margin": 0.0,
     "backbone.normalization": "none",
 }

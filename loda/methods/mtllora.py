@@ -81,7 +81,7 @@ class MtlLora(PairMethod):
 
     name = "mtllora"
     summary = "joint LoRA with a mixing matrix a task and shared, weighed up-projections"
-    source = "Yang et al. 2024, MTL-LoRA"
+    source = "Yang et al. 2024, MTL-LoRA (arXiv 2410.09437)"
     Settings = MtlLoraSettings
     mergeable: ClassVar[bool] = False
     export_refusal: ClassVar[str] = "its weights depend on each image's task"

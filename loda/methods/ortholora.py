@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,9 +29,10 @@ class OrthoLora(Joint):
 
     name = "ortholora"
     summary = "joint LoRA; conflicting task gradients are projected, for each A and each B alone"
-    source = "Ortho-LoRA; after gradient surgery (Yu et al. 2020, arXiv 2001.06782)"
+    source = "Yang et al. 2026, Ortho-LoRA (arXiv 2601.09684)"
     Settings = OrthoLoraSettings
     knows_tasks: ClassVar[bool] = True
+    published: ClassVar[Mapping[str, Any]] = {}  # language models: nothing that carries over
 
     def training_step(self, learner: Learner, batch: Batch) -> float:
         assert batch.tasks is not None

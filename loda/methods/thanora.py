@@ -41,7 +41,7 @@ class ThanoRa(Method):
 
     name = "thanora"
     summary = "joint LoRA with a block a task, ranks by spectral entropy, blocks kept orthogonal (reconstructed)"
-    source = "ThanoRA, 2025; reconstructed from its description"
+    source = "Liang et al. 2025, ThanoRA (arXiv 2505.18640), reconstructed"
     Settings = ThanoRaSettings
     reconstructed: ClassVar[bool] = True
     joint: ClassVar[bool] = True
