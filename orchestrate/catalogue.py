@@ -19,14 +19,36 @@ def method_rows() -> list[dict[str, Any]]:
             "summary": method.summary,
             "mergeable": method.mergeable,
             "needs_task_id": method.needs_task_id,
+            "memory_growth": method.memory_growth,
+            "reconstructed": method.reconstructed,
             "joint": method.joint,
             "trains": method.trains,
             "source": method.source,
             "version": method.version,
             "settings": {name: str(field.annotation) for name, field in method.Settings.model_fields.items()},
+            "published": dict(method.published),
         }
         for method in registry().values()
     ]
+
+
+def preset_options(name: str) -> dict[str, str]:
+    """The values of a method's paper by key path, written as ``-s`` takes them.
+
+    Raises:
+        ConfigError: unknown method.
+    """
+    from loda.methods import preset
+
+    try:
+        values = preset(name)
+    except ValueError as error:
+        raise ConfigError(f"--preset: {error}") from error
+    # No spaces: the shell must not cut a value in two.
+    return {
+        path: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        for path, value in values.items()
+    }
 
 
 def _run_row(folder: Path) -> dict[str, Any]:

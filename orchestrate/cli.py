@@ -244,14 +244,21 @@ def doctor(study: StudyArgument = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
+def methods(
+    preset: Annotated[str | None, typer.Option(help="the values of this method's paper, as options of run")] = None,
+    as_json: Json = False,
+) -> None:
     """The methods that studies can use.
 
-    Example: `orchestrate methods --json`
+    Example: `orchestrate methods --json`, `orchestrate run my-study.yaml $(orchestrate methods --preset inflora)`
     """
     from orchestrate import show
-    from orchestrate.catalogue import method_rows
+    from orchestrate.catalogue import method_rows, preset_options
 
+    if preset is not None:
+        options = preset_options(preset)
+        _print(options) if as_json else typer.echo(" ".join(f"-s {path}={value}" for path, value in options.items()))
+        return
     values = method_rows()
     _print(values) if as_json else show.methods(values)
 

@@ -13,6 +13,7 @@ import pandas as pd
 from scipy import stats
 
 from loda.graph import StepNode
+from loda.methods import build_method
 from loda.run import SequenceResult, summarise
 from orchestrate.session import Session, write_atomic
 from orchestrate.work import OrderWork, StageCounts
@@ -126,6 +127,7 @@ def document(session: Session, results: Sequence[OrderResult], counts: StageCoun
         "study": session.study.name,
         "study_digest": session.study.digest,
         "method": session.study.method.name,
+        "export_refusal": build_method(session.study.method).export_refusal or None,
         "orders": {one.work.name: list(one.work.order) for one in results},
         "tasks": session.task_names,
         "a_last": metric_block(results, "a_last"),

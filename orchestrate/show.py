@@ -55,9 +55,12 @@ def _common(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _places(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     version = values.get("model_version")
     registered = f" (registered as {values['study']}-merged, version {version})" if version else ""
+    model = f"orchestrate export {values['study']} DIR{registered}"
+    if refusal := values.get("export_refusal"):
+        model = f"none, and none registered: of {values['method']}, {refusal}"
     return [
         ("results", values["results"]),
-        ("merged model", f"orchestrate export {values['study']} DIR{registered}"),
+        ("merged model", model),
         ("MLflow page", "orchestrate ui"),
     ]
 
@@ -130,7 +133,7 @@ def catalogue(values: Mapping[str, Any]) -> None:
 def methods(values: Sequence[Mapping[str, Any]]) -> None:
     """The registry."""
     table = Table()
-    for column in ("method", "what it does", "merges", "task id", "source"):
+    for column in ("method", "what it does", "merges", "task id", "memory", "rule", "source"):
         table.add_column(column)
     for row in values:
         table.add_row(
@@ -138,6 +141,8 @@ def methods(values: Sequence[Mapping[str, Any]]) -> None:
             row["summary"],
             "yes" if row["mergeable"] else "no",
             "needed" if row["needs_task_id"] else "not needed",
+            row["memory_growth"],
+            "reconstructed" if row["reconstructed"] else "published",
             row["source"],
         )
     _console().print(table)

@@ -151,6 +151,9 @@ class Study(RunSettings):
             ConfigError: a path that doesn't exist, or a value that isn't allowed.
         """
         resolved, problems = self.resolved(), []
+        name = values.get("method.name", self.method.name)
+        if name != self.method.name:  # another method's settings mean nothing to it
+            resolved["method"] = {"name": name}
         for path, value in values.items():
             *parents, leaf = path.split(".")
             node: Any = resolved

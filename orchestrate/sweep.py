@@ -13,6 +13,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from loda.errors import ConfigError, StageError
+from loda.methods import build_method
 from orchestrate.evaluation import Judged, evaluate, is_stored
 from orchestrate.merged import write_merged
 from orchestrate.progress import StudyProgress
@@ -90,13 +91,14 @@ def _finish(
 
 
 def _publish(session: Session, judged: Judged, recorder: Recorder, values: Mapping[str, Any]) -> str | None:
-    """Log the tables and register the merged model of the first evaluation order."""
+    """Log the tables and register the merged model of the first evaluation order, if the method leaves one."""
     files: dict[str, bytes | str] = {
         f"{name}.parquet": (session.folder / f"{name}.parquet").read_bytes() for name in ("results", "timings")
     }
     files["summary.json"] = json.dumps(values, indent=1)
     model = None
-    if session.study.tracking.register_model and judged.results:
+    mergeable = not build_method(session.study.method).export_refusal
+    if session.study.tracking.register_model and judged.results and mergeable:
         model = session.folder / "model"
         export_order(session, judged.settings, judged.results[0], model)
     metrics = {f"test/{key}": values[key]["mean"] for key in ("a_last", "a_avg")}

@@ -137,6 +137,19 @@ def test_room_is_joint_above_the_higher_floor(tiny_study: Path, tmp_path: Path) 
     assert measured["room_points"] == pytest.approx(joint - max(means, lda))
 
 
+def test_the_cost_of_methods_is_measured_for_each(tiny_study: Path, tmp_path: Path) -> None:
+    arguments = ("--methods", "loda", "simplecil", "sequential", "--tasks", 2, "--validation", 0.25, "--json")
+    measured = json.loads(run_script("methods.py", tiny_study, *arguments, folder=tmp_path))
+    rows = measured["rows"]
+    assert set(rows) == {"loda", "simplecil", "sequential"}
+    assert rows["simplecil"]["trainable_parameters"] == [0, 0] and rows["simplecil"]["stored_bytes"] == [0, 0]
+    # Moments of two layers of each width, packed in float64; one pair of rank 16 a layer, in float32.
+    assert rows["loda"]["stored_bytes"] == [8 * 2 * (32 * 33 // 2 + 128 * 129 // 2)] * 2
+    assert rows["sequential"]["stored_bytes"] == [4 * 16 * 2 * (32 + 96 + 128 + 32)] * 2
+    assert rows["sequential"]["trainable_parameters"] == [16 * 2 * (32 + 96 + 128 + 32)] * 2
+    assert all(row["seconds_per_image"] > 0 and row["images"] == 24 for row in rows.values())
+
+
 @pytest.mark.slow
 def test_the_bundled_study_is_compared_without_arguments_naming_it(tmp_path: Path) -> None:
     arguments = ("--orders", 2, "--tune-orders", 1, "--grid", 1, "--margins", 0.1, "--epochs", 1)

@@ -225,6 +225,23 @@ def test_the_export_predicts_the_same_in_plain_timm(
     assert 100 * sum(right.values()) / 24 == pytest.approx(finished.values["a_last"]["per_order"][name], abs=0.01)
 
 
+@pytest.mark.parametrize("method", ["gainlora", "mtllora"])
+def test_a_method_that_leaves_no_plain_model_runs_and_says_so(
+    method: str, command: InProcess, tmp_path: Path, shapes_parquet: Path
+) -> None:
+    write_study(tmp_path, shapes_parquet)
+    done = command(tmp_path, "run", "study.yaml", "--local", "-s", f"method.name={method}", "-s", "method.rank=4")
+    assert done.code == 0, done.err
+    assert f"none registered: of {method}" in " ".join(done.out.split())
+    values = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+    assert values["export_refusal"] and values["model_version"] is None
+    assert not (tmp_path / "runs" / "tiny" / "model").exists()
+    done = command(tmp_path, "export", "tiny", "model")
+    assert done.code == 2
+    assert method in done.err and values["export_refusal"] in " ".join(done.err.split())
+    assert not (tmp_path / "model").exists()
+
+
 def test_an_export_of_an_unknown_order_is_refused(finished: Finished, command: InProcess, tmp_path: Path) -> None:
     done = command(finished.folder, "export", "tiny", str(tmp_path / "model"), "--order", "evaluate-9")
     assert done.code == 2
