@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -31,17 +31,49 @@ DEFAULT_STUDY = "alphabets"
 class OrderSettings(Section):
     """Which task orders a search tunes on, and which disjoint ones the chosen setting is evaluated on."""
 
-    design: Literal["random", "all", "file"] = "random"
+    kind: Literal["task", "class"] = Field(
+        "task", description="task: a fixed partition's tasks are permuted; class: classes are permuted, then cut"
+    )
+    design: Literal["random", "all", "balanced", "tree", "extremes", "file"] = "random"
     tune: PositiveInt = 3
     evaluate: PositiveInt = 4
     seed: int = Seed
     file: str | None = Field(None, description="design: file; YAML or JSON with the lists 'tune' and 'evaluate'")
+    roots: PositiveInt | None = Field(None, description="design: tree; how many beginnings")
+    continuations: PositiveInt | None = Field(None, description="design: tree; orders of each beginning")
+    depth: PositiveInt | None = Field(None, description="design: tree; how many tasks a beginning has")
+    similarity: Literal["class_means", "second_moments"] = Field(
+        "class_means", description="design: extremes; what tasks are compared by"
+    )
+    class_seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
+        (1993, 1996, 1997), min_length=1, description="kind: class; an evaluation order for each"
+    )
 
     @model_validator(mode="after")
-    def _file_with_its_design(self) -> OrderSettings:
+    def _keys_with_their_design(self) -> OrderSettings:
+        tree = [key for key in ("roots", "continuations", "depth") if getattr(self, key) is not None]
+        problems = []
         if (self.design == "file") != (self.file is not None):
-            raise ValueError("file: give a file with design: file, and only then")
+            problems.append("file: give a file with design: file, and only then")
+        if self.design == "tree" and len(tree) < 3:
+            problems.append("design: tree needs roots, continuations and depth")
+        if self.design != "tree" and tree:
+            problems.append(f"{', '.join(tree)}: only with design: tree")
+        if self.kind == "class" and self.design != "random":
+            problems.append(
+                f"design: {self.design} permutes the tasks of a fixed partition; leave it out with kind: class"
+            )
+        if self.kind == "task" and self.class_seeds != (1993, 1996, 1997):
+            problems.append("class_seeds: only with kind: class")
+        if len(set(self.class_seeds)) < len(self.class_seeds):
+            problems.append(f"class_seeds: name each once, but got {list(self.class_seeds)}")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
+
+
+# Later than the first studies: at their defaults they don't enter a study's digest, which so stays what it was.
+_LATER_KEYS = {"orders": ("kind", "roots", "continuations", "depth", "similarity", "class_seeds")}
 
 
 class ObjectiveSettings(Section):
@@ -86,6 +118,7 @@ class ResourceSettings(Section):
     object_store_mb: PositiveInt = Field(200, description="Ray's shared memory when started here")
     store: str = Field("stages", description="folder or URI (s3://...) of finished stages, shared by studies")
     runs: str = Field("runs", description="folder for results, one sub-folder a study")
+    sharing: bool = Field(True, description="false: every order of every setting computes all of its own steps")
     max_failures: NonNegativeInt = Field(1, description="how often a trial's crashed workers are started again")
 
 
@@ -106,6 +139,15 @@ class Study(RunSettings):
     resources: ResourceSettings = ResourceSettings()
     tracking: TrackingSettings = TrackingSettings()
 
+    @model_validator(mode="after")
+    def _class_orders_cut_anew(self) -> Study:
+        if self.orders.kind == "class" and self.stream.partition != "published":
+            raise ValueError(
+                "orders.kind: class cuts the classes into tasks anew for every order, so there is no "
+                f"partition: {self.stream.partition}; set stream.partition: published, or kind: task"
+            )
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain JSON types."""
         return json.loads(self.model_dump_json())
@@ -120,6 +162,11 @@ class Study(RunSettings):
         values = self.resolved()
         for section in ("resources", "tracking"):
             values.pop(section)
+        for section, keys in _LATER_KEYS.items():
+            defaults = type(getattr(self, section))()
+            for key in keys:
+                if getattr(getattr(self, section), key) == getattr(defaults, key):
+                    del values[section][key]
         values["workers"] = self.resources.workers
         values["search"]["space"] = Path(self.search.space).name  # not where the file lies
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -126,6 +126,7 @@ def walk(study: Study, work: WorkList, store: StageStore, report: Report, group:
     results: dict[str, SequenceResult] = {}
     for order in work.orders:
         nodes = all_nodes[order.name]
+        walker.bench = order.bench(bench)
         stage: list[StepNode] = []
         for node in nodes:
             walker.ensure(node)
