@@ -9,8 +9,8 @@ are warm before the clock starts. Then, on the stages that sharing left: the fir
 ``gamma_m``, and all orders of the first root under another ``head.classifier``.
 
 Claims: with sharing at most 57% of the stages run, in at most 62% of the wall time, and all digests are equal; another
-gamma_m reuses everything before consolidation of the second task (the first has nothing to recalibrate against); another
-classifier trains nothing.
+gamma_m reuses everything before consolidation of the second task (at the first there is nothing to recalibrate
+against); another classifier trains nothing.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def measure(study: Study, roots: int, continuations: int, depth: int, folder: Pa
             "steps_requested": gamma.counts.steps_requested,
             "steps_run": gamma.counts.steps_run,
             "trained": gamma.counts.by_step.get("adapt", 0),
-            # before the second task's consolidation: nothing of the first task, and no observing or training of the second
+            # nothing of the first task may run, and neither observing nor training of the second
             "run_before_it": sum(at == 0 or (at == 1 and step in ("observe", "adapt")) for at, step in gamma.ran),
         },
         "classifier": {
@@ -130,8 +130,8 @@ def table(found: dict[str, Any]) -> str:
     lines += [f"{name:14}{without:>10}{with_:>10}{ratio:>9}  {claim}" for name, without, with_, ratio, claim in rows]
     lines.append(f"digests of all orders equal: {'yes' if found['same_digests'] else 'NO'}")
     lines.append(
-        f"another gamma_m: {gamma['steps_run']} of {gamma['steps_requested']} steps run, {gamma['run_before_it']} of them "
-        "before consolidation of the second task (claim: 0)"
+        f"another gamma_m: {gamma['steps_run']} of {gamma['steps_requested']} steps run, {gamma['run_before_it']} of "
+        "them before consolidation of the second task (claim: 0)"
     )
     lines.append(
         f"another classifier: {classifier['steps_run']} of {classifier['steps_requested']} steps run, "
