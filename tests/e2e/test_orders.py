@@ -18,7 +18,7 @@ from loda.workbench import open_workbench
 from orchestrate.similarity import compute_similarity, task_similarity
 from orchestrate.study import load_study
 from tests.conftest import SettingsFactory
-from tests.e2e.studies import TASKS, Done, call, write_study
+from tests.e2e.studies import TASKS, Done, call, orchestrate, write_study
 
 TREE = {"design": "tree", "roots": 2, "continuations": 2, "depth": 1}
 DISTINCT = 2 + 4 + 4  # stages of that tree of three tasks, of 12 asked for
@@ -227,13 +227,16 @@ def test_keys_that_came_later_leave_the_digest_of_earlier_studies_alone() -> Non
     assert len({study.digest, tree.digest, tree.with_values({"orders.roots": 3}).digest}) == 3
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_the_inline_executor_walks_class_orders_without_sharing_to_the_same_bits(
     commands: Commands, shapes_parquet: Path
 ) -> None:
     orders = {"kind": "class", "class_seeds": [5, 6], "tune": 1}
     write_study(commands.folder, shapes_parquet, stream={"partition": "published"}, orders=orders)
     here = commands.run()
-    inline = commands("run", "study.yaml", "--json", "--no-sharing", "-s", "resources.executor=inline").values
+    words = ("run", "study.yaml", "--json", "--no-sharing", "-s", "resources.executor=inline")
+    inline = orchestrate(commands.folder, *words).values
     assert inline["steps_run"] == inline["steps_requested"] == here["steps_requested"]
     assert inline["state_digests"] == here["state_digests"]
     assert inline["accuracy_matrix"] == here["accuracy_matrix"]
