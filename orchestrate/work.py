@@ -41,7 +41,8 @@ class OrderWork:
         nodes = sequence_nodes(self.bench(bench), settings, self.order, self.split)
         if study.resources.sharing:
             return nodes
-        own = canonical_digest([self.name, settings.model_dump(mode="json")])
+        chosen = settings.model_dump(mode="json", include={"method", "training", "head"})  # the rest is in every key
+        own = canonical_digest([self.name, chosen])
         return [_private(node, own) for node in nodes]
 
 
