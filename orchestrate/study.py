@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -24,56 +24,9 @@ from pydantic import (
 
 from loda.errors import ConfigError
 from loda.settings import RunSettings, Section, Seed
+from orchestrate.order_settings import LATER_KEYS, OrderSettings
 
 DEFAULT_STUDY = "alphabets"
-
-
-class OrderSettings(Section):
-    """Which task orders a search tunes on, and which disjoint ones the chosen setting is evaluated on."""
-
-    kind: Literal["task", "class"] = Field(
-        "task", description="task: a fixed partition's tasks are permuted; class: classes are permuted, then cut"
-    )
-    design: Literal["random", "all", "balanced", "tree", "extremes", "file"] = "random"
-    tune: PositiveInt = 3
-    evaluate: PositiveInt = 4
-    seed: int = Seed
-    file: str | None = Field(None, description="design: file; YAML or JSON with the lists 'tune' and 'evaluate'")
-    roots: PositiveInt | None = Field(None, description="design: tree; how many beginnings")
-    continuations: PositiveInt | None = Field(None, description="design: tree; orders of each beginning")
-    depth: PositiveInt | None = Field(None, description="design: tree; how many tasks a beginning has")
-    similarity: Literal["class_means", "second_moments"] = Field(
-        "class_means", description="design: extremes; what tasks are compared by"
-    )
-    class_seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
-        (1993, 1996, 1997), min_length=1, description="kind: class; an evaluation order for each"
-    )
-
-    @model_validator(mode="after")
-    def _keys_with_their_design(self) -> OrderSettings:
-        tree = [key for key in ("roots", "continuations", "depth") if getattr(self, key) is not None]
-        problems = []
-        if (self.design == "file") != (self.file is not None):
-            problems.append("file: give a file with design: file, and only then")
-        if self.design == "tree" and len(tree) < 3:
-            problems.append("design: tree needs roots, continuations and depth")
-        if self.design != "tree" and tree:
-            problems.append(f"{', '.join(tree)}: only with design: tree")
-        if self.kind == "class" and self.design != "random":
-            problems.append(
-                f"design: {self.design} permutes the tasks of a fixed partition; leave it out with kind: class"
-            )
-        if self.kind == "task" and self.class_seeds != (1993, 1996, 1997):
-            problems.append("class_seeds: only with kind: class")
-        if len(set(self.class_seeds)) < len(self.class_seeds):
-            problems.append(f"class_seeds: name each once, but got {list(self.class_seeds)}")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-
-# Later than the first studies: at their defaults they don't enter a study's digest, which so stays what it was.
-_LATER_KEYS = {"orders": ("kind", "roots", "continuations", "depth", "similarity", "class_seeds")}
 
 
 class ObjectiveSettings(Section):
@@ -106,6 +59,23 @@ class SearchSettings(Section):
     include_defaults: bool = Field(True, description="the study file's own setting is the first trial")
 
 
+class RacingSettings(Section):
+    """Whether a search stops settings on the way that can hardly win any more."""
+
+    orders: bool = Field(False, description="stop a setting that is beaten on paired orders")
+    test: Literal["t", "wilcoxon"] = Field("t", description="paired, one-sided, over the orders that both have")
+    confidence: float = Field(0.9, gt=0.5, lt=1, description="of the test")
+    min_orders: PositiveInt = Field(2, ge=2, description="orders before a setting may be stopped")
+    tasks: bool = Field(False, description="successive halving over the tasks of the first order")
+    grace_tasks: PositiveInt = Field(2, description="tasks: tasks before a setting may be stopped")
+    reduction_factor: float = Field(3.0, gt=1, description="tasks: the best 1 in so many go on")
+
+    @property
+    def on(self) -> bool:
+        """Whether any rule is switched on."""
+        return self.orders or self.tasks
+
+
 class ResourceSettings(Section):
     """Where and how the stages run; no result depends on it but through ``workers`` (rounding of sums)."""
 
@@ -136,6 +106,7 @@ class Study(RunSettings):
     name: str = Field(DEFAULT_STUDY, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     orders: OrderSettings = OrderSettings()
     search: SearchSettings = SearchSettings()
+    racing: RacingSettings = RacingSettings()
     resources: ResourceSettings = ResourceSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -162,12 +133,12 @@ class Study(RunSettings):
         values = self.resolved()
         for section in ("resources", "tracking"):
             values.pop(section)
-        for section, keys in _LATER_KEYS.items():
-            defaults = type(getattr(self, section))()
-            for key in keys:
-                if getattr(getattr(self, section), key) == getattr(defaults, key):
-                    del values[section][key]
+        for key in LATER_KEYS:
+            if getattr(self.orders, key) == getattr(OrderSettings(), key):
+                del values["orders"][key]
         values["workers"] = self.resources.workers
+        if self.racing == RacingSettings():  # sections that came later leave the digests of older studies alone
+            values.pop("racing")
         values["search"]["space"] = Path(self.search.space).name  # not where the file lies
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
