@@ -94,8 +94,8 @@ def plan(values: Mapping[str, Any]) -> None:
         rows.append(
             (
                 part["name"],
-                f"{part['orders']} orders x {part['settings']} settings: {part['stages']} stages, "
-                f"{part['steps']} steps{part['note']}",
+                f"{part['orders']} orders x {part['settings']} settings: {part['stages']} stages "
+                f"({part['stages_distinct']} distinct), {part['steps']} steps{part['note']}",
             )
         )
     rows += [
