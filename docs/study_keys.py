@@ -37,7 +37,7 @@ TEXTS = {
     "compute.device": "where stages are computed",
     "orders.design": "how task orders are chosen",
     "orders.tune": "orders that a setting is searched on",
-    "orders.evaluate": "other orders that the chosen setting is judged on",
+    "orders.evaluate": "other orders that the chosen setting is judged on; not read by all, tree, kind: class",
     "orders.seed": "draws the orders",
     "search.trials": "settings to try",
     "search.sampler": "Optuna's sampler",

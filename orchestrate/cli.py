@@ -33,7 +33,13 @@ Set = Annotated[
 ]
 
 
-def _load(source: str | None, changes: list[str] | None) -> Any:
+NoSharing = Annotated[
+    bool,
+    typer.Option("--no-sharing", help="Every order of every setting computes all of its own steps; same results."),
+]
+
+
+def _load(source: str | None, changes: list[str] | None, no_sharing: bool = False) -> Any:
     import yaml
 
     from orchestrate.study import load_study
@@ -51,6 +57,8 @@ def _load(source: str | None, changes: list[str] | None) -> Any:
             problems.append(f"--set {change}: {text!r} is not a YAML value")
     if problems:
         raise ConfigError(problems)
+    if no_sharing:
+        values["resources.sharing"] = False
     return study.with_values(values) if values else study
 
 
@@ -77,7 +85,7 @@ def _print(values: Any) -> None:
 
 
 @app.command()
-def sweep(study: StudyArgument = None, set_: Set = None, as_json: Json = False) -> None:
+def sweep(study: StudyArgument = None, set_: Set = None, no_sharing: NoSharing = False, as_json: Json = False) -> None:
     """Search settings over tune orders, then judge the best one on held-out orders and test images.
 
     Interrupted? The same command goes on.
@@ -88,7 +96,7 @@ def sweep(study: StudyArgument = None, set_: Set = None, as_json: Json = False) 
     from orchestrate import sweep as sweeping
 
     with _stdout_is_ours():
-        outcome = sweeping.sweep(_load(study, set_), quiet=False)
+        outcome = sweeping.sweep(_load(study, set_, no_sharing), quiet=False)
     _print(outcome.values) if as_json else show.sweep(outcome.values)
 
 
@@ -97,6 +105,7 @@ def run(
     study: StudyArgument = None,
     set_: Set = None,
     local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    no_sharing: NoSharing = False,
     as_json: Json = False,
 ) -> None:
     """Run one setting over its evaluation orders; no search.
@@ -107,20 +116,20 @@ def run(
     from orchestrate import sweep as sweeping
 
     with _stdout_is_ours():
-        outcome = sweeping.run_study(_load(study, set_), local=local)
+        outcome = sweeping.run_study(_load(study, set_, no_sharing), local=local)
     _print(outcome.values) if as_json else show.run(outcome.values)
 
 
 @app.command()
-def plan(study: StudyArgument = None, set_: Set = None, as_json: Json = False) -> None:
-    """What a sweep would compute: stages asked for, distinct, stored, to run, and how long that takes.
+def plan(study: StudyArgument = None, set_: Set = None, no_sharing: NoSharing = False, as_json: Json = False) -> None:
+    """What a sweep would compute: stages asked for, distinct, stored, to run; share saved, hours, bytes, and a tree.
 
     Example: `orchestrate plan my-study.yaml`
     """
     from orchestrate import show
     from orchestrate.plan import make_plan
 
-    values = make_plan(_load(study, set_))
+    values = make_plan(_load(study, set_, no_sharing))
     _print(values) if as_json else show.plan(values)
 
 

@@ -68,6 +68,7 @@ def result_rows(session: Session, results: Iterable[OrderResult]) -> pd.DataFram
                     "trial": one.trial,
                     "order_name": one.work.name,
                     "order": list(one.work.order),
+                    "root": one.work.root,
                     "split": one.work.split,
                     "seed": session.study.training.seed,
                     "i": int(i),

@@ -24,24 +24,9 @@ from pydantic import (
 
 from loda.errors import ConfigError
 from loda.settings import RunSettings, Section, Seed
+from orchestrate.order_settings import LATER_KEYS, OrderSettings
 
 DEFAULT_STUDY = "alphabets"
-
-
-class OrderSettings(Section):
-    """Which task orders a search tunes on, and which disjoint ones the chosen setting is evaluated on."""
-
-    design: Literal["random", "all", "file"] = "random"
-    tune: PositiveInt = 3
-    evaluate: PositiveInt = 4
-    seed: int = Seed
-    file: str | None = Field(None, description="design: file; YAML or JSON with the lists 'tune' and 'evaluate'")
-
-    @model_validator(mode="after")
-    def _file_with_its_design(self) -> OrderSettings:
-        if (self.design == "file") != (self.file is not None):
-            raise ValueError("file: give a file with design: file, and only then")
-        return self
 
 
 class ObjectiveSettings(Section):
@@ -94,7 +79,9 @@ class RacingSettings(Section):
 class ResourceSettings(Section):
     """Where and how the stages run; no result depends on it but through ``workers`` (rounding of sums)."""
 
-    executor: Literal["train", "inline"] = Field("train", description="Ray Train worker groups that walk orders, or inline")
+    executor: Literal["train", "inline"] = Field(
+        "train", description="Ray Train worker groups that walk orders, or inline"
+    )
     workers: PositiveInt = Field(1, description="data-parallel workers of a trial")
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: NonNegativeFloat = 0
@@ -103,6 +90,7 @@ class ResourceSettings(Section):
     object_store_mb: PositiveInt = Field(200, description="Ray's shared memory when started here")
     store: str = Field("stages", description="folder or URI (s3://...) of finished stages, shared by studies")
     runs: str = Field("runs", description="folder for results, one sub-folder a study")
+    sharing: bool = Field(True, description="false: every order of every setting computes all of its own steps")
     max_failures: NonNegativeInt = Field(1, description="how often workers that died over an order start again")
 
 
@@ -124,6 +112,15 @@ class Study(RunSettings):
     resources: ResourceSettings = ResourceSettings()
     tracking: TrackingSettings = TrackingSettings()
 
+    @model_validator(mode="after")
+    def _class_orders_cut_anew(self) -> Study:
+        if self.orders.kind == "class" and self.stream.partition != "published":
+            raise ValueError(
+                "orders.kind: class cuts the classes into tasks anew for every order, so there is no "
+                f"partition: {self.stream.partition}; set stream.partition: published, or kind: task"
+            )
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain JSON types."""
         return json.loads(self.model_dump_json())
@@ -138,6 +135,9 @@ class Study(RunSettings):
         values = self.resolved()
         for section in ("resources", "tracking"):
             values.pop(section)
+        for key in LATER_KEYS:
+            if getattr(self.orders, key) == getattr(OrderSettings(), key):
+                del values["orders"][key]
         values["workers"] = self.resources.workers
         if self.racing == RacingSettings():  # sections that came later leave the digests of older studies alone
             values.pop("racing")

@@ -119,7 +119,7 @@ def export_order(session: Session, settings: Mapping[str, Any], one: OrderResult
         )
     *chain, evaluation = [artifact for artifact in artifacts if artifact is not None]
     run_settings = session.study.with_values(settings).run_settings()
-    return write_merged(session.bench, run_settings, chain, evaluation, directory)
+    return write_merged(one.work.bench(session.bench), run_settings, chain, evaluation, directory)
 
 
 def sweep(study: Study, *, quiet: bool = False) -> Outcome:
