@@ -168,8 +168,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
     """Lines for the settings that results depend on and that differ."""
     for key in sorted({*old, *new}):
         path = f"{prefix}{key}"
-        if path in ("resources", "tracking"):
-            continue  # where and how it runs may change
+        if path in ("resources", "tracking", "robustness"):
+            continue  # where and how it runs may change, and what it is compared with
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from _differences(before, after, f"{path}.")

@@ -24,6 +24,7 @@ from pydantic import (
 
 from loda.errors import ConfigError
 from loda.settings import RunSettings, Section, Seed
+from orchestrate.robustness.settings import RobustnessSettings
 
 DEFAULT_STUDY = "alphabets"
 
@@ -103,6 +104,7 @@ class Study(RunSettings):
     name: str = Field(DEFAULT_STUDY, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     orders: OrderSettings = OrderSettings()
     search: SearchSettings = SearchSettings()
+    robustness: RobustnessSettings = RobustnessSettings()
     resources: ResourceSettings = ResourceSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -116,9 +118,10 @@ class Study(RunSettings):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the results depend on: all but where and how it runs and is tracked."""
+        """SHA-256 of what the results depend on: all but where and how it runs and is tracked, and which other variants
+        it is compared with."""
         values = self.resolved()
-        for section in ("resources", "tracking"):
+        for section in ("resources", "tracking", "robustness"):
             values.pop(section)
         values["workers"] = self.resources.workers
         values["search"]["space"] = Path(self.search.space).name  # not where the file lies
