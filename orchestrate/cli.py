@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from loda.errors import ConfigError, StageError
+from orchestrate.cli_input import load_changed, print_json, run_folder
 
 app = typer.Typer(
     add_completion=False,
@@ -32,44 +33,6 @@ Set = Annotated[
 ]
 
 
-def _load(source: str | None, changes: list[str] | None) -> Any:
-    import yaml
-
-    from orchestrate.study import load_study
-
-    study = load_study(source)
-    problems, values = [], {}
-    for change in changes or []:
-        key, equals, text = change.partition("=")
-        if not equals or not key:
-            problems.append(f"--set {change}: expected KEY=VALUE, for example training.lr=0.1")
-            continue
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            problems.append(f"--set {change}: {text!r} is not a YAML value")
-    if problems:
-        raise ConfigError(problems)
-    return study.with_values(values) if values else study
-
-
-def _run_folder(name: str | None) -> Path:
-    """The run folder that a name, a study file or a folder stands for."""
-    from orchestrate.study import bundled_studies, load_study
-
-    given = Path(name) if name else Path("runs") / "alphabets"
-    if given.is_dir() and (given / "study.yaml").is_file():
-        return given
-    if given.is_file() or name in bundled_studies():
-        study = load_study(name)
-        return Path(study.resources.runs) / study.name
-    return Path("runs") / given.name
-
-
-def _print(values: Any) -> None:
-    typer.echo(json.dumps(values, indent=1, default=str))
-
-
 @app.command()
 def sweep(study: StudyArgument = None, set_: Set = None, as_json: Json = False) -> None:
     """Search settings over tune orders, then judge the best one on held-out orders and test images.
@@ -81,8 +44,8 @@ def sweep(study: StudyArgument = None, set_: Set = None, as_json: Json = False) 
     from orchestrate import show
     from orchestrate import sweep as sweeping
 
-    outcome = sweeping.sweep(_load(study, set_), quiet=False)
-    _print(outcome.values) if as_json else show.sweep(outcome.values)
+    outcome = sweeping.sweep(load_changed(study, set_), quiet=False)
+    print_json(outcome.values) if as_json else show.sweep(outcome.values)
 
 
 @app.command()
@@ -99,8 +62,46 @@ def run(
     from orchestrate import show
     from orchestrate import sweep as sweeping
 
-    outcome = sweeping.run_study(_load(study, set_), local=local)
-    _print(outcome.values) if as_json else show.run(outcome.values)
+    outcome = sweeping.run_study(load_changed(study, set_), local=local)
+    print_json(outcome.values) if as_json else show.run(outcome.values)
+
+
+@app.command()
+def robustness(
+    study: StudyArgument = None,
+    set_: Set = None,
+    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    stored: Annotated[bool, typer.Option("--stored", help="Compute nothing; report what is in the store.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the study's variants over all its evaluation orders, and say how far results depend on the order.
+
+    Interrupted? The same command goes on.
+
+    Example: `orchestrate robustness my-study.yaml`
+    """
+    from orchestrate import show_robustness
+    from orchestrate.robustness.running import run_robustness
+
+    outcome = run_robustness(load_changed(study, set_), local=local, stored=stored)
+    print_json(outcome.values) if as_json else show_robustness.robustness(outcome.values)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A study that was run (its name, file or folder).")],
+    second: Annotated[str, typer.Argument(help="Another one, on orders of the same tasks.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two finished studies order by order: the first one's (baseline) setting minus those of the second.
+
+    Example: `orchestrate compare alphabets alphabets-sequential`
+    """
+    from orchestrate import show_robustness
+    from orchestrate.compare import compare_studies
+
+    values = compare_studies(run_folder(first), run_folder(second))
+    print_json(values) if as_json else show_robustness.compare(values)
 
 
 @app.command()
@@ -112,8 +113,8 @@ def plan(study: StudyArgument = None, set_: Set = None, as_json: Json = False) -
     from orchestrate import show
     from orchestrate.plan import make_plan
 
-    values = make_plan(_load(study, set_))
-    _print(values) if as_json else show.plan(values)
+    values = make_plan(load_changed(study, set_))
+    print_json(values) if as_json else show.plan(values)
 
 
 @app.command()
@@ -126,14 +127,14 @@ def resume(study: NameArgument = None, as_json: Json = False) -> None:
     from orchestrate import sweep as sweeping
     from orchestrate.session import read_run_study
 
-    folder = _run_folder(study)
+    folder = run_folder(study)
     found = read_run_study(folder)
     if (folder / "optuna.db").is_file():
         outcome = sweeping.sweep(found)
-        _print(outcome.values) if as_json else show.sweep(outcome.values)
+        print_json(outcome.values) if as_json else show.sweep(outcome.values)
     else:
         outcome = sweeping.run_study(found)
-        _print(outcome.values) if as_json else show.run(outcome.values)
+        print_json(outcome.values) if as_json else show.run(outcome.values)
 
 
 @app.command("list")
@@ -149,7 +150,7 @@ def list_(
     from orchestrate.catalogue import catalogue
 
     values = catalogue(Path(runs))
-    _print(values) if as_json else show.catalogue(values)
+    print_json(values) if as_json else show.catalogue(values)
 
 
 @app.command("show")
@@ -161,7 +162,7 @@ def show_(study: NameArgument = None, as_json: Json = False) -> None:
     from orchestrate import show
     from orchestrate.session import read_run_study
 
-    folder = _run_folder(study)
+    folder = run_folder(study)
     found = read_run_study(folder)
     file = folder / "summary.json"
     if not file.is_file():
@@ -169,7 +170,7 @@ def show_(study: NameArgument = None, as_json: Json = False) -> None:
         raise ConfigError(f"{found.name} has no result yet: it was interrupted or failed; `{command}` goes on")
     values = json.loads(file.read_bytes())
     if as_json:
-        _print(values)
+        print_json(values)
     else:
         show.sweep(values) if "best" in values else show.run(values)
 
@@ -187,9 +188,9 @@ def export(
     """
     from orchestrate.catalogue import export_study
 
-    config = export_study(_run_folder(study), directory, order)
+    config = export_study(run_folder(study), directory, order)
     if as_json:
-        _print({"directory": str(directory), "config": config})
+        print_json({"directory": str(directory), "config": config})
     else:
         typer.echo(f'{directory}: timm.create_model("local-dir:{directory}", pretrained=True)')
 
@@ -228,8 +229,8 @@ def doctor(study: StudyArgument = None, as_json: Json = False) -> None:
     from orchestrate import show
     from orchestrate.doctor import examine
 
-    values = examine(_load(study, None))
-    _print(values) if as_json else show.doctor(values)
+    values = examine(load_changed(study, None))
+    print_json(values) if as_json else show.doctor(values)
     if any(not check["ok"] for check in values["checks"]):
         raise typer.Exit(2)
 
@@ -244,7 +245,7 @@ def methods(as_json: Json = False) -> None:
     from orchestrate.catalogue import method_rows
 
     values = method_rows()
-    _print(values) if as_json else show.methods(values)
+    print_json(values) if as_json else show.methods(values)
 
 
 def main() -> None:

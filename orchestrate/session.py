@@ -16,7 +16,7 @@ from loda.distributed import WorkerGroup
 from loda.errors import ConfigError
 from loda.graph import StepNode, sequence_nodes
 from loda.methods import build_method
-from loda.workbench import Workbench, open_workbench
+from loda.workbench import Workbench, canonical_digest, open_workbench
 from orchestrate.cluster import resource_problems
 from orchestrate.objective import objective_directions
 from orchestrate.orders import OrderPlan, design_orders
@@ -137,6 +137,16 @@ def open_session(study: Study, *, search: bool) -> Session:
     return Session(study, folder, bench, store, order_plan, space)
 
 
+def stream_record(session: Session) -> dict[str, Any]:
+    """What orders of two studies are matched by: the images, and each evaluation order as the classes of its tasks."""
+    orders = {}
+    for work in session.evaluate_orders:
+        own = getattr(work, "classes", None)  # of an order that has tasks of its own
+        tasks = own or [session.bench.tasks[task].classes for task in work.order]
+        orders[work.name] = canonical_digest(["task" if own is None else "class", tasks])
+    return {"data_digest": session.bench.dataset.digest, "orders": orders}
+
+
 def claim_folder(session: Session) -> None:
     """Create ``runs/<study>/`` with the study file, or find it there, unchanged.
 
@@ -160,6 +170,7 @@ def claim_folder(session: Session) -> None:
         session.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(file, session.study.to_yaml())
         write_atomic(session.folder / "orders.json", json.dumps(session.order_plan.to_dict(), indent=1))
+        write_atomic(session.folder / "stream.json", json.dumps(stream_record(session), indent=1))
     except OSError as error:
         raise ConfigError(f"resources.runs: can't write {session.folder}: {error}") from error
 

@@ -44,7 +44,8 @@ class Judged:
     results: list[OrderResult]
 
 
-def _open_tracker(session: Session) -> Tracker:
+def open_tracker(session: Session) -> Tracker:
+    """MLflow as the study asks for it."""
     tracking = session.study.tracking
     spool = session.folder / "mlflow-waiting.jsonl"
     return Tracker.open(tracking.uri, tracking.experiment or session.study.name, Path.cwd(), spool=spool)
@@ -67,9 +68,9 @@ def run_study(study: Study, *, local: bool = False, quiet: bool = False) -> Outc
     claim_folder(session)
     counts = StageCounts()
     with contextlib.ExitStack() as stack:
-        here = local or _is_stored(session, {})
+        here = local or is_stored(session, {})
         workers = None if here else stack.enter_context(open_workers(session))
-        tracker = stack.enter_context(_open_tracker(session))
+        tracker = stack.enter_context(open_tracker(session))
         recorder = Recorder(session, tracker)
         judged = _evaluate(session, {}, counts, recorder, workers, quiet=quiet)
         startup = {"workers": workers.startup_seconds() if workers is not None else 0.0}
@@ -93,7 +94,7 @@ def _evaluate(
         watcher = Watcher(session, works, progress, recorder, counts, None, workers)
         recorder.trial("chosen", settings)
         if workers is None:
-            _walk_here(session, settings, watcher)
+            walk_here(session, settings, watcher)
         else:
             run_trials(session, settings, orders, watcher, "evaluate")
     failures = [end.error for end in watcher.ends if end.error]
@@ -106,11 +107,11 @@ def _evaluate(
     return Judged(dict(settings), results)
 
 
-def _walk_here(session: Session, settings: Mapping[str, Any], watcher: Watcher) -> None:
-    """The same walk, in this process."""
+def walk_here(session: Session, settings: Mapping[str, Any], watcher: Watcher, name: str = "local") -> None:
+    """The same walk, in this process; ``name`` stands for Tune's id of the trial."""
 
     class Here:  # what the watcher reads of a Tune trial
-        trial_id = "local"
+        trial_id = name
         config: dict[str, Any] = {"settings": dict(settings)}  # noqa: RUF012
         last_result: dict[str, Any] = {}  # noqa: RUF012
 
@@ -191,7 +192,7 @@ def sweep(study: Study, *, quiet: bool = False) -> Outcome:
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(open_workers(session)) if _work_is_left(session, searcher) else None
         driver_startup = time.perf_counter() - started
-        recorder = Recorder(session, stack.enter_context(_open_tracker(session)))
+        recorder = Recorder(session, stack.enter_context(open_tracker(session)))
         if workers is not None:
             _search(session, searcher, counts, recorder, workers, quiet)
         best = choose(searcher)
@@ -203,7 +204,7 @@ def sweep(study: Study, *, quiet: bool = False) -> Outcome:
         return _finish(session, judged, everything, counts, recorder, started, more)
 
 
-def _is_stored(session: Session, settings: Mapping[str, Any]) -> bool:
+def is_stored(session: Session, settings: Mapping[str, Any]) -> bool:
     """Whether every step of the evaluation orders is in the store, so that reading them needs no workers."""
     if session.study.resources.workers > 1:  # should one be damaged, it takes as many to compute it again
         return False
@@ -215,7 +216,7 @@ def _is_stored(session: Session, settings: Mapping[str, Any]) -> bool:
 def _work_is_left(session: Session, searcher: StudySearcher) -> bool:
     if searcher.ended < session.study.search.trials:
         return True
-    return not _is_stored(session, choose(searcher).user_attrs["settings"])
+    return not is_stored(session, choose(searcher).user_attrs["settings"])
 
 
 def _search(

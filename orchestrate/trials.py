@@ -49,6 +49,7 @@ class Watcher(Callback):
         self.session, self.works, self.progress = session, works, progress
         self.recorder, self.counts, self.searcher = recorder, counts, searcher
         self.ends: list[TrialEnd] = []
+        self.heatmaps = searcher is None  # a tenth of a second each
         self._starts: dict[str, float] = {}
         self._seen: set[tuple[str, str, int]] = set()
         self.best: float | None = None
@@ -109,7 +110,7 @@ class Watcher(Callback):
                 for order in result.get("orders", {}):
                     one = read_order(self.session, name, settings, self.works[order])
                     if one is not None:
-                        self.recorder.order_done(one, heatmap=self.searcher is None)
+                        self.recorder.order_done(one, heatmap=self.heatmaps)
         else:
             self.progress.line(f"{name}  failed: {error}  {short(settings)}")
             expected = len(self.works) * len(self.session.bench.tasks)
@@ -141,7 +142,7 @@ def short(settings: Mapping[str, Any]) -> str:
 
 def run_trials(
     session: Session,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     orders: Sequence[OrderWork],
     watcher: Watcher,
     run_name: str,
@@ -150,8 +151,8 @@ def run_trials(
 ) -> None:
     """Run trials through Tune until all have ended.
 
-    With a searcher: ``samples`` trials, each a suggested setting over all orders. Without: the given setting; one trial
-    over all orders where there are lanes, which share them, else a trial for each shard of them.
+    With a searcher: ``samples`` trials, each a suggested setting over all orders. Without: each given setting; one
+    trial over all orders where there are lanes, which share them, else a trial for each shard of them.
 
     Raises:
         KeyboardInterrupt: the user stopped; finished stages are in the store.
@@ -159,7 +160,10 @@ def run_trials(
     resources, workers = session.study.resources, watcher.workers
     assert workers is not None
     lanes = workers.lanes
-    config: dict[str, Any] = {} if searcher is not None else {"settings": dict(settings)}
+    given = [settings] if isinstance(settings, Mapping) else settings
+    config: dict[str, Any] = (
+        {} if searcher is not None else {"settings": tune.grid_search([dict(one) for one in given])}
+    )
     if lanes is not None:
         objective = session.study.search.objective.model_dump(mode="json")
         config |= {"pool": lanes.name, "objective": objective, "orders": [asdict(work) for work in orders]}

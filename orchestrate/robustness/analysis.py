@@ -63,9 +63,9 @@ def analyse(frame: pd.DataFrame, design: Design, questions: Questions) -> dict[s
         "units": _units(design),
         "metrics": {name: {"title": m.title, "better": m.better} for name, m in METRICS.items()},
         "completeness": _completeness(scores),
-        "spread": {name: _spreads(scores, name, questions) for name in whole},
+        "spread": {name: spreads(scores, name, questions) for name in whole},
         "per_order": {name: _per_order(scores, name) for name in whole},
-        "disparity": {name: disparity(_final(frame, scores, name)) for name in whole},
+        "disparity": {name: _disparity(frame, scores, name) for name in whole},
         "per_position": {name: _positions(frame, scores, name, questions) for name in whole},
         "variance": {name: _variances(scores, name) for name in whole},
         "paired": {metric: _paired(scores, whole, metric, questions) for metric in COMPARED},
@@ -105,7 +105,8 @@ def _completeness(scores: Scores) -> dict[str, Any]:
     return {"expected": total, "present": present, "complete": present == total, "variants": variants}
 
 
-def _spreads(scores: Scores, name: str, questions: Questions) -> dict[str, Any]:
+def spreads(scores: Scores, name: str, questions: Questions) -> dict[str, Any]:
+    """Every metric's spread over orders for one complete setting."""
     found: dict[str, Any] = {}
     for metric, facts in METRICS.items():
         values = scores.by_order(name, metric)
@@ -134,9 +135,12 @@ def _cells(frame: pd.DataFrame, scores: Scores, name: str) -> pd.DataFrame:
     return frame[(frame["setting"] == name) & frame["order_name"].isin(scores.design.orders)]
 
 
-def _final(frame: pd.DataFrame, scores: Scores, name: str) -> pd.DataFrame:
+def _disparity(frame: pd.DataFrame, scores: Scores, name: str) -> dict[str, Any]:
+    if scores.design.own_tasks:
+        why = "class orders: every order has tasks of its own, so there is no task to follow through them"
+        return dict.fromkeys(("per_task", "average", "maximum", "worst_task")) | {"reasons": {"per_task": why}}
     cells = _cells(frame, scores, name)
-    return cells[cells["i"] == cells["i"].max()]
+    return disparity(cells[cells["i"] == cells["i"].max()])
 
 
 def _positions(frame: pd.DataFrame, scores: Scores, name: str, questions: Questions) -> list[dict[str, Any]] | None:
@@ -153,7 +157,7 @@ def _variances(scores: Scores, name: str) -> dict[str, Any]:
     return {metric: variance_split(scores.by_seed(name, metric)) for metric in RANKED}
 
 
-def _left_out(scores: Scores, metric: str) -> dict[str, str]:
+def left_out(scores: Scores, metric: str) -> dict[str, str]:
     """Variants that can't take part, and why."""
     return {
         name: scores.incomplete_reason(name) if scores.missing[name] else scores.undefined[name][metric]
@@ -163,7 +167,7 @@ def _left_out(scores: Scores, metric: str) -> dict[str, str]:
 
 
 def _paired(scores: Scores, whole: list[str], metric: str, questions: Questions) -> dict[str, Any]:
-    out = _left_out(scores, metric)
+    out = left_out(scores, metric)
     base = questions.baseline
     found: dict[str, Any] = {"baseline": base, "differences": {}, "left_out": out, "reasons": {}}
     if base in out:
@@ -172,30 +176,56 @@ def _paired(scores: Scores, whole: list[str], metric: str, questions: Questions)
     others = [name for name in whole if name != base and name not in out]
     if not others:
         found["reasons"]["differences"] = "no other variant to compare with"
-    for name in others:
+    found["differences"] = differences(
+        scores.by_order(base, metric),
+        {name: scores.by_order(name, metric) for name in others},
+        scores.design.roots,
+        questions,
+        higher_is_better=METRICS[metric].better == "higher",
+    )
+    return found
+
+
+def differences(
+    base: pd.Series,
+    others: Mapping[str, pd.Series],
+    roots: Mapping[str, str],
+    questions: Questions,
+    *,
+    higher_is_better: bool,
+) -> dict[str, Any]:
+    """``base`` minus each of the others on the same orders, with Holm's correction over all of them.
+
+    Args:
+        base: a metric by order name.
+        others: the same of other variants.
+        roots: root of each order.
+        questions: confidence, precision and the bootstrap.
+        higher_is_better: which sign counts as won.
+    """
+    found = {}
+    for name, values in others.items():
         block = paired_difference(
-            scores.by_order(base, metric),
-            scores.by_order(name, metric),
-            scores.design.roots,
+            base,
+            values,
+            roots,
             confidence=questions.confidence,
             resamples=questions.resamples,
             seed=questions.seed,
-            higher_is_better=METRICS[metric].better == "higher",
+            higher_is_better=higher_is_better,
         )
-        differences = pd.Series(block["per_order"])
-        block["precision"] = precision(differences, scores.design.roots, questions.half_width, questions.confidence)
-        found["differences"][name] = block
-    corrected = holm(
-        {name: block["wilcoxon"]["p"] for name, block in found["differences"].items()}, 1 - questions.confidence
-    )
-    for name, block in found["differences"].items():
+        per_order = pd.Series(block["per_order"])
+        block["precision"] = precision(per_order, roots, questions.half_width, questions.confidence)
+        found[name] = block
+    corrected = holm({name: block["wilcoxon"]["p"] for name, block in found.items()}, 1 - questions.confidence)
+    for name, block in found.items():
         adjusted, rejected = corrected.get(name, (None, None))
         block["wilcoxon"] |= {"p_holm": adjusted, "rejected": rejected}
     return found
 
 
 def _ranks(scores: Scores, whole: list[str], metric: str) -> dict[str, Any]:
-    out = dict.fromkeys(scores.joint, "joint training is a bound, not a contestant") | _left_out(scores, metric)
+    out = dict.fromkeys(scores.joint, "joint training is a bound, not a contestant") | left_out(scores, metric)
     names = [name for name in whole if name not in out]
     columns: Mapping[str, pd.Series] = {
         name: root_means(scores.by_order(name, metric), scores.design.roots) for name in names

@@ -154,7 +154,8 @@ def paired_difference(
     if len(data) < 2:
         reasons["std"] = "one order: how the difference varies over orders can't be known"
     if bca is not None and count < FEW_ROOTS:
-        notes.append(f"{count} roots: a bootstrap of so few is too narrow; trust the t interval")
+        unit = "roots" if count < len(data) else "orders"
+        notes.append(f"{count} {unit}: a bootstrap of so few is too narrow; trust the t interval")
     gain = data if higher_is_better else -data
     tied = np.abs(gain) <= 1e-9
     return {

@@ -25,9 +25,7 @@ class RobustnessSettings(Section):
     )
     alpha: float = Field(0.25, gt=0, le=1, description="share of the worst orders that CVaR averages")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of intervals; tests are at 1 less this")
-    half_width: PositiveFloat = Field(
-        0.5, description="precision in points that the number of orders is worked out for"
-    )
+    half_width: PositiveFloat = Field(0.5, description="points to either side that 'orders needed' asks for")
     resamples: int = Field(9999, ge=999, le=1_000_000, description="draws of the bootstrap")
     bootstrap_seed: int = Field(0, ge=0, description="of those draws")
 

@@ -50,12 +50,14 @@ class Design:
         roots: root of every order, by the order's name; the order's own name where orders don't come from a tree.
         seeds: training seeds.
         tasks: how many tasks an order has.
+        own_tasks: every order cuts the classes into tasks of its own, so that tasks of one name differ (class orders).
     """
 
     settings: tuple[str, ...]
     roots: Mapping[str, str]
     seeds: tuple[int, ...]
     tasks: int
+    own_tasks: bool = False
 
     @property
     def orders(self) -> tuple[str, ...]:
@@ -187,13 +189,13 @@ def _with_intransigence(table: pd.DataFrame, frame: pd.DataFrame, design: Design
     references = frame[frame["setting"].isin(list(joint))]
     if references.empty or design.tasks < 2:
         return table
-    best = references.groupby(["setting", "task", "seed"])["accuracy"].mean().groupby(["task", "seed"]).mean()
+    best = references.groupby(["order_name", "seed", "task"])["accuracy"].mean()
     last = frame[(frame["i"] == design.tasks - 1) & (frame["j"] == design.tasks - 1)]
     last = last.set_index(["setting", "order_name", "seed"])
     values = []
     for row in table.itertuples():
         cell = (row.setting, row.order_name, row.seed)
-        reference = (last["task"].get(cell), row.seed)
+        reference = (row.order_name, row.seed, last["task"].get(cell))
         known = cell in last.index and reference in best.index
         values.append(float(best[reference] - last["accuracy"][cell]) if known else math.nan)
     return table.assign(intransigence=values)
@@ -218,7 +220,7 @@ def _why(metric: str, is_joint: bool, has_joint: bool, tasks: int) -> str:
         return "one task: there is nothing to forget or to transfer"
     if metric == "intransigence":
         if has_joint:
-            return "the joint variant lacks this seed"
+            return "the joint variant is incomplete"
         return "no joint variant in the study: intransigence compares with joint training"
     return "accuracies before learning weren't recorded"
 

@@ -37,6 +37,9 @@ def variance_split(scores: pd.DataFrame) -> dict[str, Any]:
     if tree and roots < 2:
         found["reasons"] = {"components": "one tree root: how roots differ can't be known"}
         return found
+    if np.ptp(scores["value"]) < 1e-9:
+        found["reasons"] = {"components": "all scores are equal: there is no variance to split"}
+        return found
     squares = _mean_squares(scores, tree)
     # Every root has this many orders; where the numbers differ, it is the usual weighted mean of them.
     sizes = scores.groupby("root")["order_name"].nunique().to_numpy()
@@ -62,7 +65,7 @@ def variance_split(scores: pd.DataFrame) -> dict[str, Any]:
     return found | {
         "components": components,
         "std": {name: value**0.5 for name, value in components.items()},
-        "shares": {name: value / total for name, value in components.items()} if total > 0 else None,
+        "shares": {name: value / total for name, value in components.items()},
     }
 
 

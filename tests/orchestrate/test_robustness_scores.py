@@ -43,7 +43,10 @@ def test_forward_transfer_needs_the_accuracies_before_learning() -> None:
 def test_intransigence_compares_the_last_task_when_it_is_new_with_joint_training() -> None:
     # Chaudhry et al. 2018: I_k = a*_k - a_{k,k}, here for the last task of each order.
     frame = tidy(
-        {"loda": {(FORWARD, 0): FIRST, (BACKWARD, 0): SECOND}, "joint": {(FORWARD, 0): [[96.0, 70.0, 85.0]]}},
+        {
+            "loda": {(FORWARD, 0): FIRST, (BACKWARD, 0): SECOND},
+            "joint": {(o, 0): [[96.0, 70.0, 85.0]] for o in (FORWARD, BACKWARD)},
+        },
         joint=["joint"],
     )
     scores = score_orders(frame, design(frame))
