@@ -132,6 +132,12 @@ def resume(study: NameArgument = None, as_json: Json = False) -> None:
     if (folder / "optuna.db").is_file():
         outcome = sweeping.sweep(found)
         print_json(outcome.values) if as_json else show.sweep(outcome.values)
+    elif (folder / "robustness.json").is_file() and not (folder / "summary.json").is_file():
+        from orchestrate import show_robustness
+        from orchestrate.robustness.running import run_robustness
+
+        outcome = run_robustness(found)
+        print_json(outcome.values) if as_json else show_robustness.robustness(outcome.values)
     else:
         outcome = sweeping.run_study(found)
         print_json(outcome.values) if as_json else show.run(outcome.values)
@@ -164,15 +170,15 @@ def show_(study: NameArgument = None, as_json: Json = False) -> None:
 
     folder = run_folder(study)
     found = read_run_study(folder)
-    file = folder / "summary.json"
-    if not file.is_file():
+    files = [file for name in ("summary", "robustness") if (file := folder / f"{name}.json").is_file()]
+    if not files:
         command = f"orchestrate resume {found.name}"
         raise ConfigError(f"{found.name} has no result yet: it was interrupted or failed; `{command}` goes on")
-    values = json.loads(file.read_bytes())
+    values = json.loads(files[0].read_bytes())
     if as_json:
         print_json(values)
     else:
-        show.sweep(values) if "best" in values else show.run(values)
+        show.result(values)
 
 
 @app.command()

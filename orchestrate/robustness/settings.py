@@ -17,8 +17,8 @@ class RobustnessSettings(Section):
     variants: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]{0,59}$")], dict[str, Any]] = Field(
         {}, description="name -> settings by key path, on top of the study file; empty: the study's own setting alone"
     )
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (0,), min_length=1, description="training seeds; each variant runs every order under each"
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, min_length=1, description="training seeds; each variant runs every order under each; null: training.seed"
     )
     baseline: str | None = Field(
         None, description="differences are this variant minus each other one; null: the first variant"
@@ -44,7 +44,7 @@ class RobustnessSettings(Section):
         if self.baseline is not None and self.baseline not in self.variants:
             known = ", ".join(self.variants) or "none"
             problems.append(f"baseline: no variant {self.baseline!r} (variants: {known})")
-        if len(set(self.seeds)) < len(self.seeds):
+        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
             problems.append(f"seeds: name each once, but got {list(self.seeds)}")
         if problems:
             raise ValueError("; ".join(problems))

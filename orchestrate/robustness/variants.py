@@ -44,6 +44,11 @@ def variant_settings(study: Study) -> dict[str, dict[str, Any]]:
     return study.robustness.variants or {study.method.name: {}}
 
 
+def training_seeds(study: Study) -> tuple[int, ...]:
+    """Seeds under which every variant runs; the study's own where none are listed."""
+    return study.robustness.seeds or (study.training.seed,)
+
+
 def make_cells(session: Session) -> list[Cell]:
     """Every variant under every training seed.
 
@@ -53,7 +58,7 @@ def make_cells(session: Session) -> list[Cell]:
     problems: list[str] = []
     cells: list[Cell] = []
     for name, settings in variant_settings(session.study).items():
-        for seed in session.study.robustness.seeds:
+        for seed in training_seeds(session.study):
             full = {**settings, "training.seed": seed}
             try:
                 study = session.study.with_values(full)
@@ -84,7 +89,7 @@ def make_design(session: Session, works: Sequence[OrderWork]) -> Design:
     return Design(
         settings=tuple(variant_settings(session.study)),
         roots={work.name: root_of(work) for work in works},
-        seeds=session.study.robustness.seeds,
+        seeds=training_seeds(session.study),
         tasks=len(session.bench.tasks),
         own_tasks=any(getattr(work, "classes", None) is not None for work in works),
     )

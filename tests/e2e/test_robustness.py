@@ -111,6 +111,9 @@ def test_the_same_command_computes_nothing_and_repeats_the_numbers(
         assert found[key] == values[key], key
     shown = command(again, "robustness", "study.yaml", "--local").out
     mean = values["spread"]["loda"]["a_last"]["mean"]
+    (row,) = command(again, "list", "--json").values["runs"]
+    assert (row["state"], row["a_last"]) == ("finished (robustness)", mean)
+    assert "loda minus" in command(again, "show", "tiny").out
     assert all(text in shown for text in ("loda minus", "frozen", f"{mean:.2f}", "computed, 36 reused"))
 
 
