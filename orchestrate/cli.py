@@ -13,7 +13,9 @@ import typer
 from rich.console import Console
 
 from loda.errors import ConfigError, StageError
-from orchestrate.cli_input import load_changed, print_json, run_folder
+from orchestrate.cli_input import load_changed as _load
+from orchestrate.cli_input import print_json as _print
+from orchestrate.cli_input import run_folder as _run_folder
 
 app = typer.Typer(
     add_completion=False,
@@ -44,8 +46,8 @@ def sweep(study: StudyArgument = None, set_: Set = None, as_json: Json = False) 
     from orchestrate import show
     from orchestrate import sweep as sweeping
 
-    outcome = sweeping.sweep(load_changed(study, set_), quiet=False)
-    print_json(outcome.values) if as_json else show.sweep(outcome.values)
+    outcome = sweeping.sweep(_load(study, set_), quiet=False)
+    _print(outcome.values) if as_json else show.sweep(outcome.values)
 
 
 @app.command()
@@ -62,8 +64,8 @@ def run(
     from orchestrate import show
     from orchestrate import sweep as sweeping
 
-    outcome = sweeping.run_study(load_changed(study, set_), local=local)
-    print_json(outcome.values) if as_json else show.run(outcome.values)
+    outcome = sweeping.run_study(_load(study, set_), local=local)
+    _print(outcome.values) if as_json else show.run(outcome.values)
 
 
 @app.command()
@@ -83,8 +85,8 @@ def robustness(
     from orchestrate import show_robustness
     from orchestrate.robustness.running import run_robustness
 
-    outcome = run_robustness(load_changed(study, set_), local=local, stored=stored)
-    print_json(outcome.values) if as_json else show_robustness.robustness(outcome.values)
+    outcome = run_robustness(_load(study, set_), local=local, stored=stored)
+    _print(outcome.values) if as_json else show_robustness.robustness(outcome.values)
 
 
 @app.command()
@@ -100,8 +102,8 @@ def compare(
     from orchestrate import show_robustness
     from orchestrate.compare import compare_studies
 
-    values = compare_studies(run_folder(first), run_folder(second))
-    print_json(values) if as_json else show_robustness.compare(values)
+    values = compare_studies(_run_folder(first), _run_folder(second))
+    _print(values) if as_json else show_robustness.compare(values)
 
 
 @app.command()
@@ -113,8 +115,8 @@ def plan(study: StudyArgument = None, set_: Set = None, as_json: Json = False) -
     from orchestrate import show
     from orchestrate.plan import make_plan
 
-    values = make_plan(load_changed(study, set_))
-    print_json(values) if as_json else show.plan(values)
+    values = make_plan(_load(study, set_))
+    _print(values) if as_json else show.plan(values)
 
 
 @app.command()
@@ -127,20 +129,20 @@ def resume(study: NameArgument = None, as_json: Json = False) -> None:
     from orchestrate import sweep as sweeping
     from orchestrate.session import read_run_study
 
-    folder = run_folder(study)
+    folder = _run_folder(study)
     found = read_run_study(folder)
     if (folder / "optuna.db").is_file():
         outcome = sweeping.sweep(found)
-        print_json(outcome.values) if as_json else show.sweep(outcome.values)
+        _print(outcome.values) if as_json else show.sweep(outcome.values)
     elif (folder / "robustness.json").is_file() and not (folder / "summary.json").is_file():
         from orchestrate import show_robustness
         from orchestrate.robustness.running import run_robustness
 
         outcome = run_robustness(found)
-        print_json(outcome.values) if as_json else show_robustness.robustness(outcome.values)
+        _print(outcome.values) if as_json else show_robustness.robustness(outcome.values)
     else:
         outcome = sweeping.run_study(found)
-        print_json(outcome.values) if as_json else show.run(outcome.values)
+        _print(outcome.values) if as_json else show.run(outcome.values)
 
 
 @app.command("list")
@@ -156,7 +158,7 @@ def list_(
     from orchestrate.catalogue import catalogue
 
     values = catalogue(Path(runs))
-    print_json(values) if as_json else show.catalogue(values)
+    _print(values) if as_json else show.catalogue(values)
 
 
 @app.command("show")
@@ -168,7 +170,7 @@ def show_(study: NameArgument = None, as_json: Json = False) -> None:
     from orchestrate import show
     from orchestrate.session import read_run_study
 
-    folder = run_folder(study)
+    folder = _run_folder(study)
     found = read_run_study(folder)
     files = [file for name in ("summary", "robustness") if (file := folder / f"{name}.json").is_file()]
     if not files:
@@ -176,7 +178,7 @@ def show_(study: NameArgument = None, as_json: Json = False) -> None:
         raise ConfigError(f"{found.name} has no result yet: it was interrupted or failed; `{command}` goes on")
     values = json.loads(files[0].read_bytes())
     if as_json:
-        print_json(values)
+        _print(values)
     else:
         show.result(values)
 
@@ -194,9 +196,9 @@ def export(
     """
     from orchestrate.catalogue import export_study
 
-    config = export_study(run_folder(study), directory, order)
+    config = export_study(_run_folder(study), directory, order)
     if as_json:
-        print_json({"directory": str(directory), "config": config})
+        _print({"directory": str(directory), "config": config})
     else:
         typer.echo(f'{directory}: timm.create_model("local-dir:{directory}", pretrained=True)')
 
@@ -235,8 +237,8 @@ def doctor(study: StudyArgument = None, as_json: Json = False) -> None:
     from orchestrate import show
     from orchestrate.doctor import examine
 
-    values = examine(load_changed(study, None))
-    print_json(values) if as_json else show.doctor(values)
+    values = examine(_load(study, None))
+    _print(values) if as_json else show.doctor(values)
     if any(not check["ok"] for check in values["checks"]):
         raise typer.Exit(2)
 
@@ -251,7 +253,7 @@ def methods(as_json: Json = False) -> None:
     from orchestrate.catalogue import method_rows
 
     values = method_rows()
-    print_json(values) if as_json else show.methods(values)
+    _print(values) if as_json else show.methods(values)
 
 
 def main() -> None:

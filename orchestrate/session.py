@@ -168,9 +168,9 @@ def claim_folder(session: Session) -> None:
     session.store.check_writable()
     try:
         session.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(session.folder / "stream.json", json.dumps(stream_record(session), indent=1))
         write_atomic(file, session.study.to_yaml())
         write_atomic(session.folder / "orders.json", json.dumps(session.order_plan.to_dict(), indent=1))
-        write_atomic(session.folder / "stream.json", json.dumps(stream_record(session), indent=1))
     except OSError as error:
         raise ConfigError(f"resources.runs: can't write {session.folder}: {error}") from error
 

@@ -59,7 +59,8 @@ def _spread(title: str, values: Mapping[str, Any], metrics: Sequence[str] = ("a_
                     *(_number(block[key]) for key in ("iqm", "worst", "cvar")),
                 ]
             )
-    _table(title, columns, rows)
+    if rows:
+        _table(title, columns, rows)
 
 
 def _differences(values: Mapping[str, Any]) -> None:
@@ -143,7 +144,8 @@ def robustness(values: Mapping[str, Any]) -> None:
     """The end of ``orchestrate robustness``."""
     whole = values["completeness"]
     if not whole["complete"]:
-        _console().print(f"[bold red]incomplete[/bold red]: {whole['present']} of {whole['expected']} are there")
+        there = f"{whole['present']} of {whole['expected']} orders x variants x seeds are there"
+        _console().print(f"[bold red]incomplete[/bold red]: {there}")
     units = values["units"]
     seeds = f"{units['seeds']} training seed{'s' if units['seeds'] > 1 else ''}"
     _spread(f"{values['study']}: {units['orders']} orders, {seeds}, test images, %", values)
