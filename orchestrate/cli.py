@@ -69,44 +69,6 @@ def run(
 
 
 @app.command()
-def robustness(
-    study: StudyArgument = None,
-    set_: Set = None,
-    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
-    stored: Annotated[bool, typer.Option("--stored", help="Compute nothing; report what is in the store.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Run the study's variants over all its evaluation orders, and say how far results depend on the order.
-
-    Interrupted? The same command goes on.
-
-    Example: `orchestrate robustness my-study.yaml`
-    """
-    from orchestrate import show_robustness
-    from orchestrate.robustness.running import run_robustness
-
-    outcome = run_robustness(_load(study, set_), local=local, stored=stored)
-    _print(outcome.values) if as_json else show_robustness.robustness(outcome.values)
-
-
-@app.command()
-def compare(
-    first: Annotated[str, typer.Argument(help="A study that was run (its name, file or folder).")],
-    second: Annotated[str, typer.Argument(help="Another one, on orders of the same tasks.")],
-    as_json: Json = False,
-) -> None:
-    """Compare two finished studies order by order: the first one's (baseline) setting minus those of the second.
-
-    Example: `orchestrate compare alphabets alphabets-sequential`
-    """
-    from orchestrate import show_robustness
-    from orchestrate.compare import compare_studies
-
-    values = compare_studies(_run_folder(first), _run_folder(second))
-    _print(values) if as_json else show_robustness.compare(values)
-
-
-@app.command()
 def plan(study: StudyArgument = None, set_: Set = None, as_json: Json = False) -> None:
     """What a sweep would compute: stages asked for, distinct, stored, to run, and how long that takes.
 
@@ -143,6 +105,44 @@ def resume(study: NameArgument = None, as_json: Json = False) -> None:
     else:
         outcome = sweeping.run_study(found)
         _print(outcome.values) if as_json else show.run(outcome.values)
+
+
+@app.command()
+def robustness(
+    study: StudyArgument = None,
+    set_: Set = None,
+    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    stored: Annotated[bool, typer.Option("--stored", help="Compute nothing; report what is in the store.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the study's variants over all its evaluation orders, and say how far results depend on the order.
+
+    Interrupted? The same command goes on.
+
+    Example: `orchestrate robustness my-study.yaml`
+    """
+    from orchestrate import show_robustness
+    from orchestrate.robustness.running import run_robustness
+
+    outcome = run_robustness(_load(study, set_), local=local, stored=stored)
+    _print(outcome.values) if as_json else show_robustness.robustness(outcome.values)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A study that was run (its name, file or folder).")],
+    second: Annotated[str, typer.Argument(help="Another one, on orders of the same tasks.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two finished studies order by order: the first one's (baseline) setting minus those of the second.
+
+    Example: `orchestrate compare alphabets alphabets-sequential`
+    """
+    from orchestrate import show_robustness
+    from orchestrate.compare import compare_studies
+
+    values = compare_studies(_run_folder(first), _run_folder(second))
+    _print(values) if as_json else show_robustness.compare(values)
 
 
 @app.command("list")
