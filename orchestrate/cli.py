@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -35,6 +36,11 @@ Set = Annotated[
 ]
 
 
+def _stdout_is_ours() -> contextlib.AbstractContextManager[Any]:
+    """While a study runs, what Ray and others print goes to stderr: stdout is for the result."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
 @app.command()
 def sweep(study: StudyArgument = None, set_: Set = None, as_json: Json = False) -> None:
     """Search settings over tune orders, then judge the best one on held-out orders and test images.
@@ -46,7 +52,8 @@ def sweep(study: StudyArgument = None, set_: Set = None, as_json: Json = False) 
     from orchestrate import show
     from orchestrate import sweep as sweeping
 
-    outcome = sweeping.sweep(_load(study, set_), quiet=False)
+    with _stdout_is_ours():
+        outcome = sweeping.sweep(_load(study, set_), quiet=False)
     _print(outcome.values) if as_json else show.sweep(outcome.values)
 
 
@@ -64,7 +71,8 @@ def run(
     from orchestrate import show
     from orchestrate import sweep as sweeping
 
-    outcome = sweeping.run_study(_load(study, set_), local=local)
+    with _stdout_is_ours():
+        outcome = sweeping.run_study(_load(study, set_), local=local)
     _print(outcome.values) if as_json else show.run(outcome.values)
 
 
@@ -93,18 +101,16 @@ def resume(study: NameArgument = None, as_json: Json = False) -> None:
 
     folder = _run_folder(study)
     found = read_run_study(folder)
-    if (folder / "optuna.db").is_file():
-        outcome = sweeping.sweep(found)
-        _print(outcome.values) if as_json else show.sweep(outcome.values)
-    elif (folder / "robustness.json").is_file() and not (folder / "summary.json").is_file():
-        from orchestrate import show_robustness
-        from orchestrate.robustness.running import run_robustness
+    searched = (folder / "optuna.db").is_file()
+    robust = not searched and not (folder / "summary.json").is_file() and (folder / "robustness.json").is_file()
+    with _stdout_is_ours():
+        if robust:
+            from orchestrate.robustness.running import run_robustness
 
-        outcome = run_robustness(found)
-        _print(outcome.values) if as_json else show_robustness.robustness(outcome.values)
-    else:
-        outcome = sweeping.run_study(found)
-        _print(outcome.values) if as_json else show.run(outcome.values)
+            outcome = run_robustness(found)
+        else:
+            outcome = sweeping.sweep(found) if searched else sweeping.run_study(found)
+    _print(outcome.values) if as_json else show.result(outcome.values)
 
 
 @app.command()
@@ -124,7 +130,8 @@ def robustness(
     from orchestrate import show_robustness
     from orchestrate.robustness.running import run_robustness
 
-    outcome = run_robustness(_load(study, set_), local=local, stored=stored)
+    with _stdout_is_ours():
+        outcome = run_robustness(_load(study, set_), local=local, stored=stored)
     _print(outcome.values) if as_json else show_robustness.robustness(outcome.values)
 
 

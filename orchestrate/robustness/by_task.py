@@ -26,13 +26,14 @@ def disparity(final: pd.DataFrame) -> dict[str, Any]:
     if by_order.shape[1] < 2:
         reason = "one order: there is no other to differ from"
         return dict.fromkeys(("per_task", "average", "maximum", "worst_task")) | {"reasons": {"per_task": reason}}
-    per_task = by_order.max(axis=1) - by_order.min(axis=1)
+    per_task = (by_order.max(axis=1) - by_order.min(axis=1)).round(9)
+    same = per_task.max() == 0
     return {
         "per_task": {str(task): float(value) for task, value in per_task.items()},
         "average": float(per_task.mean()),
         "maximum": float(per_task.max()),
-        "worst_task": str(per_task.idxmax()),
-        "reasons": {},
+        "worst_task": None if same else str(per_task.idxmax()),
+        "reasons": {"worst_task": "no task's final accuracy depends on the order"} if same else {},
     }
 
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 from orchestrate.robustness.spread import clustered_interval, no_interval
 
-FEW_ROOTS = 6
+LEAST_ROOTS, FEW_ROOTS = 3, 6  # for a bootstrap at all; for one that can be trusted
 
 
 def root_means(values: pd.Series, roots: Mapping[str, str]) -> pd.Series:
@@ -145,16 +145,19 @@ def paired_difference(
     bca = cluster_bootstrap(data, units, **options)  # type: ignore[arg-type]
     interval = clustered_interval(data, units, confidence)
     reasons, notes = {}, []
+    unit = "roots" if count < len(data) else "orders"
     why = no_interval(count, len(data))
     if why is not None:
         bca = interval = None
         reasons = {"interval_bca": why, "interval_t": why}
+    elif count < LEAST_ROOTS:
+        bca = None
+        reasons["interval_bca"] = f"{count} {unit}: too few to draw from; see the t interval"
     elif bca is None:
         reasons["interval_bca"] = "the roots differ too little for a bootstrap: drawing them again changes nothing"
     if len(data) < 2:
         reasons["std"] = "one order: how the difference varies over orders can't be known"
     if bca is not None and count < FEW_ROOTS:
-        unit = "roots" if count < len(data) else "orders"
         notes.append(f"{count} {unit}: a bootstrap of so few is too narrow; trust the t interval")
     gain = data if higher_is_better else -data
     tied = np.abs(gain) <= 1e-9

@@ -13,6 +13,7 @@ import pandas as pd
 from ray.tune.experiment import Trial
 
 from loda.errors import ConfigError, StageError
+from orchestrate.evaluation import is_stored, walk_here
 from orchestrate.progress import StudyProgress
 from orchestrate.recorder import Recorder
 from orchestrate.results import OrderResult, metric_block, read_order
@@ -21,7 +22,7 @@ from orchestrate.robustness.tidy import COLUMNS, order_rows
 from orchestrate.robustness.variants import Cell, describe, make_cells, make_design, make_questions, root_of
 from orchestrate.session import Session, claim_folder, open_session, write_atomic
 from orchestrate.study import Study
-from orchestrate.sweep import Outcome, is_stored, open_tracker, walk_here
+from orchestrate.sweep import Outcome, open_tracker
 from orchestrate.trials import Watcher, run_trials
 from orchestrate.work import StageCounts, stages_of
 from orchestrate.workers import Workers, open_workers
