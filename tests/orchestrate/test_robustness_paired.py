@@ -201,3 +201,11 @@ def test_profiles_are_shares_of_orders_strictly_above_a_score() -> None:
         assert counted[0] == 1
         assert counted[-1] == 0
     assert {40.0, 50.0, 60.0, 70.0} <= set(tau)
+
+
+def test_two_roots_are_too_few_for_a_bootstrap() -> None:
+    first, second = series([60.0, 61.0, 63.0, 64.0]), series([50.0, 51.0, 52.0, 53.0])
+    found = paired_difference(first, second, {"o0": "a", "o1": "a", "o2": "b", "o3": "b"}, **OPTIONS)
+    assert found["interval_bca"] is None
+    assert "2 roots" in found["reasons"]["interval_bca"]
+    assert found["interval_t"] is not None
