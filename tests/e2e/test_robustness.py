@@ -204,6 +204,12 @@ def test_compare_pairs_a_run_with_a_robustness_study(
         expected = alone["a_last"]["per_order"][order] - values["per_order"]["frozen"]["a_last"][order]
         assert value == pytest.approx(expected)
     assert "alone minus" in command(both, "compare", "alone", "tiny").out
+    table = both / "runs" / "tiny" / "robustness.parquet"
+    pd.read_parquet(table).assign(root="all").to_parquet(table)  # as a tree of one root would have them
+    tree = command(both, "compare", "alone", "tiny", "--json").values
+    assert set(tree["roots"].values()) == {"all"}
+    block = tree["paired"]["a_last"]["differences"]["tiny: frozen"]
+    assert block["interval_t"] is None and "one tree root" in block["reasons"]["interval_t"]
 
 
 @pytest.mark.parametrize(
