@@ -66,7 +66,7 @@ def load_run_settings(source: RunSettings | Mapping[str, Any] | str | Path | Non
             raise ConfigError(f"{path}: not valid YAML: {error}") from error
         if not isinstance(values, Mapping):
             raise ConfigError(f"{path}: expected a mapping of sections, but got {type(values).__name__}")
-    platform = {"name", "orders", "search", "resources", "tracking", "racing"}
+    platform = {"name", "orders", "search", "resources", "tracking", "racing", "robustness"}
     try:
         return RunSettings(**{key: value for key, value in values.items() if key not in platform})
     except ValidationError as error:

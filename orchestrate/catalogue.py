@@ -63,6 +63,12 @@ def _run_row(folder: Path) -> dict[str, Any]:
     if summary.is_file():
         values = json.loads(summary.read_bytes())
         row |= {"state": "finished", "a_last": values["a_last"]["mean"], "a_avg": values["a_avg"]["mean"]}
+    elif (folder / "robustness.json").is_file():
+        values = json.loads((folder / "robustness.json").read_bytes())
+        baseline = values["spread"].get(values["baseline"], {})
+        row |= {key: baseline[key]["mean"] for key in ("a_last", "a_avg") if key in baseline}
+        if values["completeness"]["complete"]:
+            row |= {"method": " / ".join(values["variants"]), "state": "finished (robustness)"}
     return row
 
 

@@ -14,6 +14,9 @@ import typer
 from rich.console import Console
 
 from loda.errors import ConfigError, StageError
+from orchestrate.cli_input import load_changed as _load
+from orchestrate.cli_input import print_json as _print
+from orchestrate.cli_input import run_folder as _run_folder
 
 app = typer.Typer(
     add_completion=False,
@@ -31,57 +34,15 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Replace a setting: -s training.lr=0.1. May be repeated.", metavar="KEY=VALUE"),
 ]
-
-
 NoSharing = Annotated[
     bool,
     typer.Option("--no-sharing", help="Every order of every setting computes all of its own steps; same results."),
 ]
 
 
-def _load(source: str | None, changes: list[str] | None, no_sharing: bool = False) -> Any:
-    import yaml
-
-    from orchestrate.study import load_study
-
-    study = load_study(source)
-    problems, values = [], {}
-    for change in changes or []:
-        key, equals, text = change.partition("=")
-        if not equals or not key:
-            problems.append(f"--set {change}: expected KEY=VALUE, for example training.lr=0.1")
-            continue
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            problems.append(f"--set {change}: {text!r} is not a YAML value")
-    if problems:
-        raise ConfigError(problems)
-    if no_sharing:
-        values["resources.sharing"] = False
-    return study.with_values(values) if values else study
-
-
-def _run_folder(name: str | None) -> Path:
-    """The run folder that a name, a study file or a folder stands for."""
-    from orchestrate.study import bundled_studies, load_study
-
-    given = Path(name) if name else Path("runs") / "alphabets"
-    if given.is_dir() and (given / "study.yaml").is_file():
-        return given
-    if given.is_file() or name in bundled_studies():
-        study = load_study(name)
-        return Path(study.resources.runs) / study.name
-    return Path("runs") / given.name
-
-
 def _stdout_is_ours() -> contextlib.AbstractContextManager[Any]:
     """While a study runs, what Ray and others print goes to stderr: stdout is for the result."""
     return contextlib.redirect_stdout(sys.stderr)
-
-
-def _print(values: Any) -> None:
-    typer.echo(json.dumps(values, indent=1, default=str))
 
 
 @app.command()
@@ -146,12 +107,55 @@ def resume(study: NameArgument = None, as_json: Json = False) -> None:
     folder = _run_folder(study)
     found = read_run_study(folder)
     searched = (folder / "optuna.db").is_file()
+    robust = not searched and not (folder / "summary.json").is_file() and (folder / "robustness.json").is_file()
     with _stdout_is_ours():
-        outcome = sweeping.sweep(found) if searched else sweeping.run_study(found)
-    if as_json:
-        _print(outcome.values)
-    else:
-        show.sweep(outcome.values) if searched else show.run(outcome.values)
+        if robust:
+            from orchestrate.robustness.running import run_robustness
+
+            outcome = run_robustness(found)
+        else:
+            outcome = sweeping.sweep(found) if searched else sweeping.run_study(found)
+    _print(outcome.values) if as_json else show.result(outcome.values)
+
+
+@app.command()
+def robustness(
+    study: StudyArgument = None,
+    set_: Set = None,
+    local: Annotated[bool, typer.Option("--local", help="In this process, without Ray.")] = False,
+    no_sharing: NoSharing = False,
+    stored: Annotated[bool, typer.Option("--stored", help="Compute nothing; report what is in the store.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the study's variants over all its evaluation orders, and say how far results depend on the order.
+
+    Interrupted? The same command goes on.
+
+    Example: `orchestrate robustness my-study.yaml`
+    """
+    from orchestrate import show_robustness
+    from orchestrate.robustness.running import run_robustness
+
+    with _stdout_is_ours():
+        outcome = run_robustness(_load(study, set_, no_sharing), local=local, stored=stored)
+    _print(outcome.values) if as_json else show_robustness.robustness(outcome.values)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A study that was run (its name, file or folder).")],
+    second: Annotated[str, typer.Argument(help="Another one, on orders of the same tasks.")],
+    as_json: Json = False,
+) -> None:
+    """Compare two finished studies order by order: the first one's (baseline) setting minus those of the second.
+
+    Example: `orchestrate compare alphabets alphabets-sequential`
+    """
+    from orchestrate import show_robustness
+    from orchestrate.compare import compare_studies
+
+    values = compare_studies(_run_folder(first), _run_folder(second))
+    _print(values) if as_json else show_robustness.compare(values)
 
 
 @app.command("list")
@@ -181,15 +185,15 @@ def show_(study: NameArgument = None, as_json: Json = False) -> None:
 
     folder = _run_folder(study)
     found = read_run_study(folder)
-    file = folder / "summary.json"
-    if not file.is_file():
+    files = [file for name in ("summary", "robustness") if (file := folder / f"{name}.json").is_file()]
+    if not files:
         command = f"orchestrate resume {found.name}"
         raise ConfigError(f"{found.name} has no result yet: it was interrupted or failed; `{command}` goes on")
-    values = json.loads(file.read_bytes())
+    values = json.loads(files[0].read_bytes())
     if as_json:
         _print(values)
     else:
-        show.sweep(values) if "best" in values else show.run(values)
+        show.result(values)
 
 
 @app.command()

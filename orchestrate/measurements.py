@@ -19,7 +19,7 @@ from loda.metrics import accuracy_matrix_summary
 
 PACKAGES = (
     "loda-orchestrate", "torch", "torchvision", "timm", "ray", "optuna", "mlflow", "numpy", "scipy", "pandas",
-    "pyarrow", "safetensors", "pydantic", "pillow",
+    "statsmodels", "pyarrow", "safetensors", "pydantic", "pillow",
 )  # fmt: skip
 
 

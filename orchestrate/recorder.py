@@ -37,7 +37,7 @@ class Recorder:
         self.study_run = tracker.study_run(
             study.name,
             study.digest,
-            study.resolved(),
+            {key: value for key, value in study.resolved().items() if key != "robustness"},  # its runs have their own
             {
                 "backbone_digest": bench.backbone.digest,
                 "data_digest": bench.dataset.digest,
@@ -51,10 +51,10 @@ class Recorder:
         self._evaluations: dict[tuple[str, str], list[StoredStep]] = {}
         self._done: set[tuple[str, str]] = set()
 
-    def trial(self, trial: str, settings: Mapping[str, Any]) -> TrackedRun:
+    def trial(self, trial: str, settings: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> TrackedRun:
         """The trial's run, made at its first mention."""
         if trial not in self._trials:
-            tags = {"phase": "evaluation" if trial == "chosen" else "search"}
+            tags = {"phase": "evaluation" if trial == "chosen" else "search", **(tags or {})}
             self._trials[trial] = self.tracker.trial_run(trial, settings, tags)
         return self._trials[trial]
 

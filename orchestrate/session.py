@@ -16,7 +16,7 @@ from loda.distributed import WorkerGroup
 from loda.errors import ConfigError
 from loda.graph import StepNode
 from loda.methods import build_method
-from loda.workbench import Workbench, open_workbench
+from loda.workbench import Workbench, canonical_digest, open_workbench
 from orchestrate.cluster import resource_problems
 from orchestrate.objective import objective_directions
 from orchestrate.orders import OrderPlan, design_class_orders, design_orders
@@ -157,6 +157,16 @@ def _order_plan(study: Study, bench: Workbench, similarity: TaskSimilarity | Non
     )
 
 
+def stream_record(session: Session) -> dict[str, Any]:
+    """What orders of two studies are matched by: the images, and each evaluation order as the classes of its tasks."""
+    orders = {}
+    for work in session.evaluate_orders:
+        own = work.classes
+        tasks = own or [session.bench.tasks[task].classes for task in work.order]
+        orders[work.name] = canonical_digest(["task" if own is None else "class", tasks])
+    return {"data_digest": session.bench.dataset.digest, "orders": orders}
+
+
 def claim_folder(session: Session) -> None:
     """Create ``runs/<study>/`` with the study file, or find it there, unchanged.
 
@@ -178,6 +188,7 @@ def claim_folder(session: Session) -> None:
     session.store.check_writable()
     try:
         session.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(session.folder / "stream.json", json.dumps(stream_record(session), indent=1))
         write_atomic(file, session.study.to_yaml())
         seeds = {"partition_seed": session.study.stream.partition_seed, "training_seed": session.study.training.seed}
         write_atomic(session.folder / "orders.json", json.dumps(session.order_plan.to_dict() | seeds, indent=1))
@@ -191,8 +202,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
     """Lines for the settings that results depend on and that differ."""
     for key in sorted({*old, *new}):
         path = f"{prefix}{key}"
-        if path in ("resources", "tracking"):
-            continue  # where and how it runs may change
+        if path in ("resources", "tracking", "robustness"):
+            continue  # where and how it runs may change, and what it is compared with
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from _differences(before, after, f"{path}.")

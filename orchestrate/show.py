@@ -90,6 +90,18 @@ def run(values: Mapping[str, Any]) -> None:
     _rows(f"{values['study']}: {values['method']}", [*_common(values), *_places(values)])
 
 
+def result(values: Mapping[str, Any]) -> None:
+    """Whichever of the documents in a run folder this is."""
+    if "best" in values:
+        sweep(values)
+    elif "completeness" in values:
+        from orchestrate.show_robustness import robustness
+
+        robustness(values)
+    else:
+        run(values)
+
+
 def plan(values: Mapping[str, Any]) -> None:
     """What would be computed."""
     rows = []

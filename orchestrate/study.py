@@ -25,6 +25,7 @@ from pydantic import (
 from loda.errors import ConfigError
 from loda.settings import RunSettings, Section, Seed
 from orchestrate.order_settings import LATER_KEYS, OrderSettings
+from orchestrate.robustness.settings import RobustnessSettings
 
 DEFAULT_STUDY = "alphabets"
 
@@ -109,6 +110,7 @@ class Study(RunSettings):
     orders: OrderSettings = OrderSettings()
     search: SearchSettings = SearchSettings()
     racing: RacingSettings = RacingSettings()
+    robustness: RobustnessSettings = RobustnessSettings()
     resources: ResourceSettings = ResourceSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -131,9 +133,10 @@ class Study(RunSettings):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the results depend on: all but where and how it runs and is tracked."""
+        """SHA-256 of what the results depend on: all but where and how it runs and is tracked, and which other variants
+        it is compared with."""
         values = self.resolved()
-        for section in ("resources", "tracking"):
+        for section in ("resources", "tracking", "robustness"):
             values.pop(section)
         for key in LATER_KEYS:
             if getattr(self.orders, key) == getattr(OrderSettings(), key):

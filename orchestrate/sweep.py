@@ -37,7 +37,8 @@ class Outcome:
     values: dict[str, Any]
 
 
-def _open_tracker(session: Session) -> Tracker:
+def open_tracker(session: Session) -> Tracker:
+    """MLflow as the study asks for it."""
     tracking = session.study.tracking
     spool = session.folder / "mlflow-waiting.jsonl"
     return Tracker.open(tracking.uri, tracking.experiment or session.study.name, Path.cwd(), spool=spool)
@@ -62,7 +63,7 @@ def run_study(study: Study, *, local: bool = False, quiet: bool = False) -> Outc
     with contextlib.ExitStack() as stack:
         here = local or is_stored(session, {})
         workers = None if here else stack.enter_context(open_workers(session))
-        tracker = stack.enter_context(_open_tracker(session))
+        tracker = stack.enter_context(open_tracker(session))
         recorder = Recorder(session, tracker)
         judged = evaluate(session, {}, counts, recorder, workers, quiet=quiet)
         startup = {"workers": workers.startup_seconds() if workers is not None else 0.0}
@@ -138,7 +139,7 @@ def sweep(study: Study, *, quiet: bool = False) -> Outcome:
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(open_workers(session)) if _work_is_left(session, searcher) else None
         driver_startup = time.perf_counter() - started
-        recorder = Recorder(session, stack.enter_context(_open_tracker(session)))
+        recorder = Recorder(session, stack.enter_context(open_tracker(session)))
         if workers is not None:
             _search(session, searcher, counts, recorder, workers, quiet)
         best = choose(searcher)
