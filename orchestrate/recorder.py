@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrate.measurements import epoch_losses, stage_metrics
+from orchestrate.measurements import epoch_losses, git_commit, software, stage_metrics
 from orchestrate.results import OrderResult
-from orchestrate.session import Session
+from orchestrate.session import Session, write_atomic
 from orchestrate.tracking import TrackedRun, Tracker
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -21,6 +22,18 @@ class StoredStep:
 
     meta: Mapping[str, Any]
     timings: Mapping[str, float]
+
+
+def write_provenance(session: Session) -> None:
+    """``provenance.json`` in the run folder: the versions and digests with which the study was last started."""
+    bench = session.bench
+    values = {
+        "data_digest": bench.dataset.digest,
+        "backbone_digest": bench.backbone.digest,
+        "git_commit": git_commit(Path.cwd()),
+        "software": software(),
+    }
+    write_atomic(session.folder / "provenance.json", json.dumps(values, indent=1))
 
 
 class Recorder:
@@ -45,6 +58,7 @@ class Recorder:
             },
         )
         tracker.log_setup(self.study_run, study.to_yaml())
+        write_provenance(session)
         tracker.log_data(self.study_run, bench.dataset.name, bench.dataset.digest, study.stream.dataset)
         self._trials: dict[str, TrackedRun] = {}
         self._orders: dict[tuple[str, str], TrackedRun] = {}
