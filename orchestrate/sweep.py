@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from loda.distributed import WorkerGroup
 from loda.errors import ConfigError, StageError
-from orchestrate.cluster import ray_cluster
 from orchestrate.merged import write_merged
 from orchestrate.progress import StudyProgress
 from orchestrate.recorder import Recorder
@@ -25,6 +25,7 @@ from orchestrate.tracking import Tracker
 from orchestrate.trials import Watcher, run_trials, shards
 from orchestrate.work import StageCounts, WorkList, stages_of
 from orchestrate.worker import run_work
+from orchestrate.workers import Workers, open_workers
 
 
 @dataclass
@@ -33,6 +34,14 @@ class Outcome:
 
     session: Session
     values: dict[str, Any]
+
+
+@dataclass
+class Judged:
+    """The evaluation orders under one setting."""
+
+    settings: dict[str, Any]
+    results: list[OrderResult]
 
 
 def _open_tracker(session: Session) -> Tracker:
@@ -57,19 +66,14 @@ def run_study(study: Study, *, local: bool = False, quiet: bool = False) -> Outc
         raise ConfigError("resources.workers: --local walks in one process; set workers to 1")
     claim_folder(session)
     counts = StageCounts()
-    with _open_tracker(session) as tracker:
+    with contextlib.ExitStack() as stack:
+        here = local or _is_stored(session, {})
+        workers = None if here else stack.enter_context(open_workers(session))
+        tracker = stack.enter_context(_open_tracker(session))
         recorder = Recorder(session, tracker)
-        results, startup = _evaluate(session, {}, counts, recorder, local=local, quiet=quiet)
-        write_tables(session, results)
-        values = document(session, results, counts, time.perf_counter() - started) | {
-            "startup_seconds": {"workers": startup}
-        }
-        values["model_version"] = _publish(session, {}, results, recorder, values)
-        recorder.tracker.close()
-    values["wall_seconds"] = time.perf_counter() - started
-    values["mlflow"] = {"uri": tracker.uri, "experiment_id": tracker.experiment_id}
-    write_atomic(session.folder / "summary.json", json.dumps(values, indent=1))
-    return Outcome(session, values)
+        judged = _evaluate(session, {}, counts, recorder, workers, quiet=quiet)
+        startup = {"workers": workers.startup_seconds() if workers is not None else 0.0}
+        return _finish(session, judged, judged.results, counts, recorder, started, {"startup_seconds": startup})
 
 
 def _evaluate(
@@ -77,27 +81,21 @@ def _evaluate(
     settings: Mapping[str, Any],
     counts: StageCounts,
     recorder: Recorder,
+    workers: Workers | None,
     *,
-    local: bool,
     quiet: bool,
-    ray_is_up: bool = False,
-) -> tuple[list[OrderResult], float]:
-    """Walk the evaluation orders under one setting; results, and the seconds that its workers took to start."""
+) -> Judged:
+    """Walk the evaluation orders under one setting; without workers, in this process."""
     orders = session.evaluate_orders
     works = {work.name: work for work in orders}
     total = len(orders) * stages_of(session.study, len(session.bench.tasks))
     with StudyProgress(f"{session.study.name}: evaluation", total, quiet) as progress:
-        watcher = Watcher(session, works, progress, recorder, counts, None)
+        watcher = Watcher(session, works, progress, recorder, counts, None, workers)
         recorder.trial("chosen", settings)
-        if local:
+        if workers is None:
             _walk_here(session, settings, watcher)
-        elif ray_is_up:
-            lists = shards(orders, settings, session.study.resources.concurrent_trials)
-            run_trials(session, lists, watcher, "evaluate")
         else:
-            with ray_cluster(session.study):
-                lists = shards(orders, settings, session.study.resources.concurrent_trials)
-                run_trials(session, lists, watcher, "evaluate")
+            run_trials(session, settings, orders, watcher, "evaluate")
     failures = [end.error for end in watcher.ends if end.error]
     results = [one for work in orders if (one := read_order(session, "chosen", settings, work)) is not None]
     if failures or len(results) < len(orders):
@@ -105,7 +103,7 @@ def _evaluate(
         raise StageError("; ".join(failures) or "some evaluation orders have no result; run the same command again")
     means = {key: metric_block(results, key)["mean"] for key in ("a_last", "a_avg")}
     recorder.trial_done("chosen", "FINISHED", means, {})
-    return results, watcher.worker_startup_seconds
+    return Judged(dict(settings), results)
 
 
 def _walk_here(session: Session, settings: Mapping[str, Any], watcher: Watcher) -> None:
@@ -119,27 +117,43 @@ def _walk_here(session: Session, settings: Mapping[str, Any], watcher: Watcher) 
     def report(metrics: dict[str, Any]) -> None:
         watcher.on_trial_result(0, [], Here(), metrics)  # type: ignore[arg-type]
 
-    for work in shards(session.evaluate_orders, settings, 1):
-        Here.last_result = run_work(session.payload() | {"work": work.to_dict()}, report, WorkerGroup())
-        watcher.on_trial_complete(0, [], Here())  # type: ignore[arg-type]
+    (orders,) = shards(session.evaluate_orders, 1)
+    work = WorkList(dict(settings), tuple(orders))
+    Here.last_result = run_work(session.payload() | {"work": work.to_dict()}, report, WorkerGroup())
+    watcher.on_trial_complete(0, [], Here())  # type: ignore[arg-type]
 
 
-def _publish(
+def _finish(
     session: Session,
-    settings: Mapping[str, Any],
-    results: Sequence[OrderResult],
+    judged: Judged,
+    everything: Sequence[OrderResult],
+    counts: StageCounts,
     recorder: Recorder,
-    values: Mapping[str, Any],
-) -> str | None:
+    started: float,
+    more: Mapping[str, Any],
+) -> Outcome:
+    """The end of ``run`` and ``sweep``: tables, the document, MLflow's last words."""
+    write_tables(session, everything)
+    values = document(session, judged.results, counts, time.perf_counter() - started) | dict(more)
+    values["model_version"] = _publish(session, judged, recorder, values)
+    tracker = recorder.tracker
+    tracker.close()
+    values["wall_seconds"] = time.perf_counter() - started
+    values["mlflow"] = {"uri": tracker.uri, "experiment_id": tracker.experiment_id}
+    write_atomic(session.folder / "summary.json", json.dumps(values, indent=1))
+    return Outcome(session, values)
+
+
+def _publish(session: Session, judged: Judged, recorder: Recorder, values: Mapping[str, Any]) -> str | None:
     """Log the tables and register the merged model of the first evaluation order."""
     files: dict[str, bytes | str] = {
         f"{name}.parquet": (session.folder / f"{name}.parquet").read_bytes() for name in ("results", "timings")
     }
     files["summary.json"] = json.dumps(values, indent=1)
     model = None
-    if session.study.tracking.register_model and results:
+    if session.study.tracking.register_model and judged.results:
         model = session.folder / "model"
-        export_order(session, settings, results[0], model)
+        export_order(session, judged.settings, judged.results[0], model)
     metrics = {f"test/{key}": values[key]["mean"] for key in ("a_last", "a_avg")}
     return recorder.finish(metrics, files, model)
 
@@ -172,44 +186,57 @@ def sweep(study: Study, *, quiet: bool = False) -> Outcome:
     session = open_session(study, search=True)
     assert session.space is not None
     claim_folder(session)
-    with _open_tracker(session) as tracker:
-        searcher = StudySearcher(session.study, session.space, session.folder / "optuna.db")
-        recorder = Recorder(session, tracker)
-        with ray_cluster(session.study):
-            driver_startup = time.perf_counter() - started
-            counts, startup = _search(session, searcher, recorder, quiet)
-            best = choose(searcher)
-            settings = dict(best.user_attrs["settings"])
-            evaluated, more = _evaluate(session, settings, counts, recorder, local=False, quiet=quiet, ray_is_up=True)
-        searched = _search_results(session, searcher)
-        everything = [*searched, *evaluated]
-        write_tables(session, everything)
-        values = document(session, evaluated, counts, time.perf_counter() - started) | _search_values(
-            searcher, best, everything
-        )
-        values["startup_seconds"] = {"driver": driver_startup, "workers": startup + more}
-        values["model_version"] = _publish(session, settings, evaluated, recorder, values)
-        tracker.close()
-    values["wall_seconds"] = time.perf_counter() - started
-    values["mlflow"] = {"uri": tracker.uri, "experiment_id": tracker.experiment_id}
-    write_atomic(session.folder / "summary.json", json.dumps(values, indent=1))
-    return Outcome(session, values)
-
-
-def _search(session: Session, searcher: StudySearcher, recorder: Recorder, quiet: bool) -> tuple[StageCounts, float]:
     counts = StageCounts()
+    searcher = StudySearcher(session.study, session.space, session.folder / "optuna.db")
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(open_workers(session)) if _work_is_left(session, searcher) else None
+        driver_startup = time.perf_counter() - started
+        recorder = Recorder(session, stack.enter_context(_open_tracker(session)))
+        if workers is not None:
+            _search(session, searcher, counts, recorder, workers, quiet)
+        best = choose(searcher)
+        settings = dict(best.user_attrs["settings"])
+        judged = _evaluate(session, settings, counts, recorder, workers, quiet=quiet)
+        everything = [*_search_results(session, searcher), *judged.results]
+        startup = {"driver": driver_startup, "workers": workers.startup_seconds() if workers is not None else 0.0}
+        more = _search_values(searcher, best, everything) | {"startup_seconds": startup}
+        return _finish(session, judged, everything, counts, recorder, started, more)
+
+
+def _is_stored(session: Session, settings: Mapping[str, Any]) -> bool:
+    """Whether every step of the evaluation orders is in the store, so that reading them needs no workers."""
+    if session.study.resources.workers > 1:  # should one be damaged, it takes as many to compute it again
+        return False
+    return all(
+        session.store.has(node.key) for work in session.evaluate_orders for node in session.nodes(settings, work)
+    )
+
+
+def _work_is_left(session: Session, searcher: StudySearcher) -> bool:
+    if searcher.ended < session.study.search.trials:
+        return True
+    return not _is_stored(session, choose(searcher).user_attrs["settings"])
+
+
+def _search(
+    session: Session,
+    searcher: StudySearcher,
+    counts: StageCounts,
+    recorder: Recorder,
+    workers: Workers,
+    quiet: bool,
+) -> None:
     orders = session.tune_orders
     remaining = session.study.search.trials - searcher.ended
     if remaining <= 0:
-        return counts, 0.0
+        return
     total = remaining * len(orders) * stages_of(session.study, len(session.bench.tasks))
     with StudyProgress(f"{session.study.name}: search", total, quiet) as progress:
         if searcher.ended:
             progress.line(f"going on after {searcher.ended} finished trials")
         works = {work.name: work for work in orders}
-        watcher = Watcher(session, works, progress, recorder, counts, searcher)
-        run_trials(session, [WorkList({}, orders)], watcher, "search", searcher, remaining)
-    return counts, watcher.worker_startup_seconds
+        watcher = Watcher(session, works, progress, recorder, counts, searcher, workers)
+        run_trials(session, {}, orders, watcher, "search", searcher, remaining)
 
 
 def choose(searcher: StudySearcher) -> FrozenTrial:

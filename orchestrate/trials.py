@@ -1,24 +1,25 @@
-"""Run work lists as Ray Tune trials, watch them, and write down what they report."""
+"""Run settings as Ray Tune trials, watch them, and write down what they report."""
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ray import tune
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from orchestrate.executors import tune_trial
+from orchestrate.executors import inline_trial
+from orchestrate.lane_trial import lane_trial
 from orchestrate.progress import StudyProgress
 from orchestrate.recorder import Recorder, RunStatus
 from orchestrate.results import read_order
 from orchestrate.searcher import StudySearcher
 from orchestrate.session import Session
-from orchestrate.work import OrderWork, StageCounts, WorkList
+from orchestrate.work import OrderWork, StageCounts
+from orchestrate.workers import Workers
 
 
 @dataclass
@@ -42,11 +43,12 @@ class Watcher(Callback):
         recorder: Recorder | None,
         counts: StageCounts,
         searcher: StudySearcher | None,
+        workers: Workers | None = None,
     ) -> None:
+        self.workers = workers
         self.session, self.works, self.progress = session, works, progress
         self.recorder, self.counts, self.searcher = recorder, counts, searcher
         self.ends: list[TrialEnd] = []
-        self.worker_startup_seconds = 0.0  # summed over trials: from Tune's start of each to its first step
         self._starts: dict[str, float] = {}
         self._seen: set[tuple[str, str, int]] = set()
         self.best: float | None = None
@@ -69,9 +71,11 @@ class Watcher(Callback):
         name, settings = self._name(trial), dict(trial.config.get("settings", {}))
         for event in result.get("events", ()):
             place = (trial.trial_id, event["order"], event["position"])
-            if trial.trial_id in self._starts:
+            if trial.trial_id in self._starts and self.workers is not None:
                 waited = time.monotonic() - self._starts.pop(trial.trial_id)
-                self.worker_startup_seconds += max(0.0, waited - sum(step["seconds"] for step in event["steps"]))
+                self.workers.inline_startup_seconds += max(
+                    0.0, waited - sum(step["seconds"] for step in event["steps"])
+                )
             if self.recorder is not None:
                 self.recorder.stage(name, settings, self.works[event["order"]].order, event)
             if place not in self._seen:  # a group that was started again walks its orders from the start
@@ -91,6 +95,8 @@ class Watcher(Callback):
         self._end(trial, (reasons or lines or ["failed without a message"])[-1].strip(), trial.last_result or {})
 
     def _end(self, trial: Trial, error: str | None, result: Mapping[str, Any]) -> None:
+        if self.workers is not None and self.workers.lanes is not None:
+            self.workers.lanes.cancel(trial.trial_id)
         name, settings = self._name(trial), dict(trial.config.get("settings", {}))
         label = self.objective_label
         value = result.get(label) if label else None
@@ -135,7 +141,8 @@ def short(settings: Mapping[str, Any]) -> str:
 
 def run_trials(
     session: Session,
-    lists: Sequence[WorkList],
+    settings: Mapping[str, Any],
+    orders: Sequence[OrderWork],
     watcher: Watcher,
     run_name: str,
     searcher: StudySearcher | None = None,
@@ -143,57 +150,49 @@ def run_trials(
 ) -> None:
     """Run trials through Tune until all have ended.
 
-    With a searcher: ``samples`` trials, each a suggested setting over the orders of the first list. Without: a trial
-    for each list as it is.
+    With a searcher: ``samples`` trials, each a suggested setting over all orders. Without: the given setting; one trial
+    over all orders where there are lanes, which share them, else a trial for each shard of them.
 
     Raises:
         KeyboardInterrupt: the user stopped; finished stages are in the store.
     """
-    resources = session.study.resources
-    # Tune's own folder holds nothing that is needed later: the store, Optuna's database and MLflow do.
-    storage = session.folder / ".ray"
-    shutil.rmtree(storage, ignore_errors=True)
-    storage.mkdir(parents=True, exist_ok=True)
-    config: dict[str, Any] = {
-        "payload": session.payload() | {"lists": [work.to_dict() for work in lists]},
-        "resources": resources.model_dump(mode="json"),
-        "run": run_name,
-        "storage": str(storage),
-    }
-    if searcher is None:
-        config["shard"] = tune.grid_search(list(range(len(lists))))
-    # The trial itself only starts and watches its workers; at one CPU each, two of them would leave workers none.
-    inline = resources.executor == "inline"
-    asked: dict[str, float] = (
-        {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
-        if inline
-        else {"CPU": 0, "memory": 1024**2}
-    )
+    resources, workers = session.study.resources, watcher.workers
+    assert workers is not None
+    lanes = workers.lanes
+    config: dict[str, Any] = {} if searcher is not None else {"settings": dict(settings)}
+    if lanes is not None:
+        objective = session.study.search.objective.model_dump(mode="json")
+        config |= {"pool": lanes.name, "objective": objective, "orders": [asdict(work) for work in orders]}
+        asked: dict[str, float] = {"CPU": 0, "memory": 1024**2}  # the trial only asks and tells; lanes hold the CPUs
+    else:
+        parts = [orders] if searcher is not None else shards(orders, resources.concurrent_trials)
+        config |= {"payload": session.payload(), "lists": [[asdict(work) for work in part] for part in parts]}
+        if searcher is None:
+            config["shard"] = tune.grid_search(list(range(len(parts))))
+        asked = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
     tuner = tune.Tuner(
-        tune.with_resources(tune_trial, asked),
+        tune.with_resources(inline_trial if lanes is None else lane_trial, asked),
         param_space=config,
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             num_samples=samples if searcher is not None else 1,
             max_concurrent_trials=resources.concurrent_trials,
-            reuse_actors=inline,
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name=run_name,
-            storage_path=str(storage),
+            storage_path=str(workers.storage),
             callbacks=[watcher],
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=resources.max_failures if inline else 0),
+            failure_config=tune.FailureConfig(max_failures=resources.max_failures if lanes is None else 0),
             checkpoint_config=tune.CheckpointConfig(),
         ),
     )
     tuner.fit()
-    shutil.rmtree(storage, ignore_errors=True)
 
 
-def shards(orders: Sequence[OrderWork], settings: Mapping[str, Any], count: int) -> list[WorkList]:
+def shards(orders: Sequence[OrderWork], count: int) -> list[list[OrderWork]]:
     """Orders dealt to at most ``count`` lists; orders that begin alike stay together, so each prefix is walked once."""
     ordered = sorted(orders, key=lambda work: work.order)
     size = -(-len(ordered) // max(1, min(count, len(ordered))))
-    parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    return [WorkList(dict(settings), tuple(part)) for part in parts]
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]

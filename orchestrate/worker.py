@@ -6,24 +6,26 @@ import os
 import socket
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from loda.distributed import WorkerGroup
-from loda.errors import StageError
+from loda.errors import ConfigError, StageError
 from loda.graph import StepNode
-from loda.run import SequenceResult, summarise
+from loda.run import summarise
 from loda.settings import RunSettings
 from loda.stage import run_step
 from loda.state import Artifact
 from loda.workbench import Workbench, canonical_digest, open_workbench
-from orchestrate.objective import objective_values
+from orchestrate.reports import TrialLedger
 from orchestrate.store import StageStore
 from orchestrate.study import Study, parse_study
-from orchestrate.work import WorkList
+from orchestrate.work import OrderWork, WorkList
 
 Report = Callable[[dict[str, Any]], None]
+Memory = OrderedDict[str, Artifact]
 KEPT_IN_MEMORY = 96  # artifacts; a stage's parents are needed again at once, and the store has the rest
 
 _benches: dict[str, Workbench] = {}
@@ -40,18 +42,31 @@ def bench_for(settings: RunSettings, group: WorkerGroup) -> Workbench:
     return _benches[key].with_settings(settings)
 
 
+class StoppedError(Exception):
+    """Nobody wants the rest of this work any more."""
+
+
 class Walker:
     """Makes sure that steps are in the store, computing those that aren't.
 
     Args:
         bench: backbone and data.
         store: of finished steps.
-        owner: whom a lease names.
+        memory: the artifacts read or computed last, kept from one walk of this process to the next.
+        wanted: asked by the group's first worker between steps and epochs; once it says no, the walk stops.
     """
 
-    def __init__(self, bench: Workbench, store: StageStore, owner: str) -> None:
-        self.bench, self.store, self.owner = bench, store, owner
-        self._memory: OrderedDict[str, Artifact] = OrderedDict()
+    def __init__(
+        self,
+        bench: Workbench,
+        store: StageStore,
+        memory: Memory | None = None,
+        wanted: Callable[[], bool] | None = None,
+    ) -> None:
+        self.bench, self.store = bench, store
+        self.owner = f"{socket.gethostname()}:{os.getpid()}"  # whom a lease names
+        self._memory: Memory = OrderedDict() if memory is None else memory
+        self._wanted = wanted
         self._nodes: dict[str, StepNode] = {}
         self.computed: dict[str, float] = {}  # seconds of what was computed here and isn't reported yet
 
@@ -61,6 +76,15 @@ class Walker:
         while len(self._memory) > KEPT_IN_MEMORY:
             self._memory.popitem(last=False)
         return artifact
+
+    def check(self, *progress: int) -> None:
+        """Stop here if the work isn't wanted any more; ``progress`` is what epoch callbacks pass and isn't used.
+
+        Raises:
+            StoppedError: on all workers of the group alike.
+        """
+        if self._wanted is not None and not self._agreed(self.bench.group.rank > 0 or self._wanted()):
+            raise StoppedError
 
     def _agreed(self, value: bool) -> bool:
         """Whether all workers of the group say yes."""
@@ -92,7 +116,7 @@ class Walker:
                 if not self._agreed(not leader or lease is not None):
                     continue  # somebody else stored it while this one waited
                 artifacts = {key: self.fetch(key) for key in node.reads}
-                artifact = run_step(self.bench, node, artifacts)
+                artifact = run_step(self.bench, node, artifacts, self.check)
                 if leader:
                     self.store.write(node.key, artifact, node.step)
                 self._agreed(True)  # nobody goes on before it is stored
@@ -104,41 +128,68 @@ class Walker:
                     lease.release()
 
 
+def walk_order(walker: Walker, nodes: list[StepNode], order: OrderWork, on_stage: Report) -> dict[str, Any]:
+    """Walk one order, stage after stage.
+
+    Args:
+        nodes: the order's steps under the setting of the walker's workbench.
+        on_stage: called after each stage with its record, by every worker of the group alike.
+
+    Returns:
+        The order's outcome: ``order``, ``summary`` (``AccuracySummary.to_dict``), ``state_digest``, and ``seconds``,
+        the computing time of its stages, whether run now or reused.
+
+    Raises:
+        StageError: a stage failed; the message names it.
+        StoppedError: the work isn't wanted any more.
+    """
+    stage: list[StepNode] = []
+    for node in nodes:
+        walker.check()
+        walker.ensure(node)
+        stage.append(node)
+        if node.step in ("consolidate", "evaluate"):
+            walker.fetch(node.key)  # what the results rest on is read, and so checked
+        if node.step == "evaluate":
+            on_stage(_event(order.name, stage, walker))
+            stage = []
+    wanted = [node.key for node in nodes if node.step == "evaluate"]
+    wanted.append(next(node.key for node in reversed(nodes) if node.step == "consolidate"))
+    result = summarise(order.order, nodes, {key: walker.fetch(key) for key in wanted})
+    seconds = sum((walker.store.timings(node.key) or {}).get("seconds", 0.0) for node in nodes)
+    return {
+        "order": list(result.order),
+        "summary": result.summary.to_dict(),
+        "state_digest": result.state_digest,
+        "seconds": seconds,
+    }
+
+
 def walk(study: Study, work: WorkList, store: StageStore, report: Report, group: WorkerGroup) -> dict[str, Any]:
     """Walk all orders of a work list.
 
     Args:
         study: the study file's values; the work list's settings are put on top.
-        report: called after each stage with ``{"events": [...]}``, by every worker of the group alike.
+        report: called after each stage and each order with :meth:`TrialLedger.progress`, by every worker alike.
         group: data-parallel workers that walk the same list together.
 
     Returns:
-        The last report: ``finished``, one summary for each order, and the objectives.
+        The last report: ``finished``, a few figures of each order, and the objectives.
 
     Raises:
         StageError: a stage failed; the message names it.
     """
-    chosen = study.with_values(work.settings)
-    settings = chosen.run_settings()
-    bench = bench_for(settings, group)
-    walker = Walker(bench, store, f"{socket.gethostname()}:{os.getpid()}")
-    all_nodes = work.nodes(bench, study)
-    results: dict[str, SequenceResult] = {}
+    bench = bench_for(study.with_values(work.settings).run_settings(), group)
+    walker = Walker(bench, store)
+    nodes = work.nodes(bench, study)
+    objective = study.search.objective.model_dump(mode="json")
+    ledger = TrialLedger(objective, [order.name for order in work.orders])
     for order in work.orders:
-        nodes = all_nodes[order.name]
-        stage: list[StepNode] = []
-        for node in nodes:
-            walker.ensure(node)
-            stage.append(node)
-            if node.step in ("consolidate", "evaluate"):
-                walker.fetch(node.key)  # what the results rest on is read, and so checked
-            if node.step == "evaluate":
-                report({"events": [_event(order.name, stage, walker)], "finished": False})
-                stage = []
-        wanted = [node.key for node in nodes if node.step == "evaluate"]
-        wanted.append(next(node.key for node in reversed(nodes) if node.step == "consolidate"))
-        results[order.name] = summarise(order.order, nodes, {key: walker.fetch(key) for key in wanted})
-    return final_report(chosen, results, _stage_seconds(store, all_nodes))
+        outcome = walk_order(walker, nodes[order.name], order, lambda event: report(ledger.progress([event])))
+        ledger.add(order.name, outcome)
+        if not ledger.complete:
+            report(ledger.progress([]))
+    return ledger.final()
 
 
 def _event(order: str, stage: list[StepNode], walker: Walker) -> dict[str, Any]:
@@ -150,37 +201,48 @@ def _event(order: str, stage: list[StepNode], walker: Walker) -> dict[str, Any]:
     return {"order": order, "position": stage[-1].position, "steps": records}
 
 
-def _stage_seconds(store: StageStore, nodes: Mapping[str, list[StepNode]]) -> list[float]:
-    """Computing seconds of each order's stages, whether run now or reused."""
-    return [sum((store.timings(n.key) or {}).get("seconds", 0.0) for n in steps) for steps in nodes.values()]
-
-
-def final_report(study: Study, results: Mapping[str, SequenceResult], seconds: list[float]) -> dict[str, Any]:
-    """What a trial reports when all its orders are through: from stored results alone, so it can always be repeated."""
-    summaries = [result.summary for result in results.values()]
-    orders = {
-        name: {
-            "order": list(result.order),
-            "a_last": result.summary.a_last,
-            "a_avg": result.summary.a_avg,
-            "forgetting": result.summary.forgetting,
-            "state_digest": result.state_digest,
-        }
-        for name, result in results.items()
-    }
-    try:
-        objectives: dict[str, Any] = dict(objective_values(summaries, seconds, study.search.objective))
-    except ValueError as error:
-        raise StageError(f"the objective can't be computed: {error}") from error
-    return {"finished": True, "orders": orders, "events": []} | objectives
+def open_work(payload: Mapping[str, Any]) -> tuple[Study, StageStore]:
+    """The study and the store that a payload names (:meth:`orchestrate.session.Session.payload`)."""
+    study = parse_study(payload["study"], "the study of this trial")
+    return study, StageStore(payload["store"], writer={"torch": torch.__version__})
 
 
 def run_work(payload: Mapping[str, Any], report: Report, group: WorkerGroup | None = None) -> dict[str, Any]:
-    """Entry point of every executor.
+    """Walk ``payload["work"]`` (:meth:`WorkList.to_dict`) here, to its end; as :func:`walk`."""
+    study, store = open_work(payload)
+    return walk(study, WorkList.from_dict(payload["work"]), store, report, group or WorkerGroup.current())
+
+
+def serve(payload: Mapping[str, Any], jobs: Any, group: WorkerGroup) -> None:
+    """Walk one order after another, as a pool hands them out, until it has no more.
 
     Args:
-        payload: ``study`` (resolved values with absolute paths), ``work`` (:meth:`WorkList.to_dict`), ``store``.
+        payload: :meth:`orchestrate.session.Session.payload`.
+        jobs: ``take() -> job | None``, ``wanted(job)``, ``stage(job, record)``, ``done(job, outcome)`` and
+            ``failed(job, reason)``; a job is ``{"id", "settings", "order"}``.
+        group: data-parallel workers that walk the same orders together.
     """
-    study = parse_study(payload["study"], "the study of this trial")
-    store = StageStore(payload["store"], writer={"torch": torch.__version__})
-    return walk(study, WorkList.from_dict(payload["work"]), store, report, group or WorkerGroup.current())
+    study, store = open_work(payload)
+    memory: Memory = OrderedDict()
+    leader = group.rank == 0
+    while (job := jobs.take()) is not None:
+        work = WorkList.from_dict({"settings": job["settings"], "orders": [job["order"]]})
+        (order,) = work.orders
+        try:
+            bench = bench_for(study.with_values(work.settings).run_settings(), group)
+            walker = Walker(bench, store, memory, partial(jobs.wanted, job))
+            tell = partial(jobs.stage, job) if leader else _nobody
+            outcome = walk_order(walker, work.nodes(bench, study)[order.name], order, tell)
+        except StoppedError:
+            continue
+        except (StageError, ConfigError) as error:
+            jobs.failed(job, f"{type(error).__name__}: {error}")
+            if group.size > 1:
+                raise  # others may be waiting in the middle of a sum: the group has to start again
+            continue
+        if leader:
+            jobs.done(job, outcome)
+
+
+def _nobody(event: Mapping[str, Any]) -> None:
+    """Only the group's first worker reports."""
