@@ -1,8 +1,8 @@
 """Why an order hurts: what the position of a task and the task just before it do to its accuracy.
 
-The model, fitted by ordinary least squares, is additive: accuracy = mean + task + position + predecessor, with effects of each
-kind that sum to zero (the first task of an order has no predecessor and gets none). It describes; it can't tell an
-effect of one predecessor on one task from the average over tasks.
+The model, fitted by ordinary least squares, is additive: accuracy = mean + task + position + predecessor, with effects
+of each kind that sum to zero (the first task of an order has no predecessor and gets none). It describes averages: what
+one predecessor does to one task in particular isn't in it.
 """
 
 from __future__ import annotations
@@ -42,35 +42,41 @@ class OrderEffects:
     explained_without_order: float
 
 
-def order_effects(accuracies: Mapping[tuple[int, ...], Sequence[float]]) -> OrderEffects:
+def order_effects(
+    accuracies: Mapping[tuple[int, ...], Sequence[float]], roots: Mapping[tuple[int, ...], str] | None = None
+) -> OrderEffects:
     """Fit the additive model.
 
     Args:
         accuracies: by order, the percent of its tasks in the order learned: all of them, of complete orders only.
+        roots: by order, a label: orders with one label begin alike by design and count as one observation. None: every
+            order is one.
 
     Raises:
         ValueError: too few or too similar orders to tell the effects apart and to say how sure they are.
 
-    The intervals come from leaving one order out at a time (the jackknife over clusters, MacKinnon, Nielsen and Webb
-    2023, "CV3"), with t quantiles of orders - 1 degrees of freedom: tasks of one order aren't independent of each other.
+    The intervals come from leaving one root out at a time (the jackknife over clusters, MacKinnon, Nielsen and Webb
+    2023, "CV3"), with t quantiles of roots - 1 degrees of freedom: tasks of one order aren't independent of each other.
     """
     orders = sorted(accuracies)
     tasks = len(orders[0]) if orders else 0
-    if len(orders) < 3 or tasks < 3:
-        raise ValueError("their effects need at least three orders of at least three tasks")
+    labels = [str(order) if roots is None else roots[order] for order in orders]
+    if len(set(labels)) < 3 or tasks < 3:
+        raise ValueError("their effects need at least three independent orders of at least three tasks")
     blocks = [_design(order) for order in orders]
     values = [np.asarray(accuracies[order], dtype=np.float64) for order in orders]
     y = np.concatenate(values)
     if not np.isfinite(y).all():
         raise ValueError("an accuracy is missing: only complete orders can be fitted")
     fits = [_fit(blocks, values)]
-    fits += [_fit(_without(blocks, index), _without(values, index)) for index in range(len(orders))]
+    for label in dict.fromkeys(labels):
+        kept = [index for index, other in enumerate(labels) if other != label]
+        fits.append(_fit([blocks[k] for k in kept], [values[k] for k in kept]))
     found = [fit for fit in fits if fit is not None]
-    parameters = blocks[0].shape[1]
-    if len(found) < len(fits) or (len(orders) - 1) * tasks <= parameters:
+    if len(found) < len(fits):
         raise ValueError(
-            f"{len(orders)} orders are too few, or too alike, to tell {parameters} effects of {tasks} tasks apart and to "
-            "say how sure they are; evaluate more orders"
+            f"{len(orders)} orders are too few, or too alike, to tell {blocks[0].shape[1]} effects of {tasks} tasks "
+            "apart and to say how sure they are; evaluate more orders"
         )
     size = tasks - 1
     residual = y - np.concatenate(blocks) @ found[0]
@@ -91,19 +97,15 @@ def _design(order: Sequence[int]) -> np.ndarray:
     return np.hstack([np.ones((tasks, 1)), codes[list(order)], codes, before])
 
 
-def _without(parts: Sequence[np.ndarray], index: int) -> list[np.ndarray]:
-    return [part for other, part in enumerate(parts) if other != index]
-
-
 def _fit(blocks: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray | None:
-    """Coefficients, or None where the design doesn't determine them."""
+    """Coefficients, or None where the design doesn't determine them with something left over."""
     X = np.concatenate(blocks)
     found, _, rank, _ = np.linalg.lstsq(X, np.concatenate(values), rcond=None)
-    return found if rank == X.shape[1] else None
+    return found if rank == X.shape[1] < len(X) else None
 
 
 def _effects(fits: Sequence[np.ndarray], part: slice) -> tuple[Effect, ...]:
-    """Effects of one kind: of all orders (the first fit), with intervals from the fits that leave an order out."""
+    """Effects of one kind: of all orders (the first fit), with intervals from the fits that leave a root out."""
     full, *others = (np.append(fit[part], -fit[part].sum()) for fit in fits)
     count = len(others)
     error = np.sqrt((count - 1) / count * ((np.array(others) - full) ** 2).sum(axis=0))

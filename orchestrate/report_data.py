@@ -1,4 +1,5 @@
-"""What a report is made of: a run folder read back, and for a study that hasn't ended its finished orders in the store."""
+"""What a report is made of: a run folder read back, and for a study that hasn't ended its finished orders in the "
+"store."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -17,7 +19,6 @@ from loda.errors import ConfigError
 from loda.metrics import AccuracySummary, accuracy_matrix_summary
 from orchestrate.session import Session, read_run_study
 from orchestrate.study import Study
-from orchestrate.work import OrderWork, name_orders
 
 
 @dataclass(frozen=True)
@@ -61,43 +62,45 @@ class ReportData:
 
     Attributes:
         study: as resolved when it ran.
-        tasks: names by index.
         plan: ``orders.json``.
-        summary: ``summary.json``; None: the study hasn't ended.
-        results, timings, facts: tidy tables; empty where nothing is there.
+        summary: ``summary.json``; None: the study hasn't ended, or only ``orchestrate robustness`` ran.
         search: Optuna's study; None: nothing was searched.
         provenance: versions and digests, as recorded when the study was last started.
         robustness: ``robustness.json``; None: not computed.
+        tasks: names by index.
+        planned: evaluation orders: tasks in the order learned, by name.
+        results, timings, facts: tidy tables; empty where nothing is there.
         stages_done: of a study that hasn't ended: by evaluation order, how many of its stages are stored, if known.
     """
 
     folder: Path
     study: Study
-    tasks: list[str]
     plan: dict[str, Any]
     summary: dict[str, Any] | None
-    results: pd.DataFrame
-    timings: pd.DataFrame
-    facts: pd.DataFrame
     search: optuna.Study | None
     provenance: dict[str, Any]
     robustness: dict[str, Any] | None
+    tasks: list[str] = field(default_factory=list)
+    planned: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    results: pd.DataFrame = field(default_factory=pd.DataFrame)
+    timings: pd.DataFrame = field(default_factory=pd.DataFrame)
+    facts: pd.DataFrame = field(default_factory=pd.DataFrame)
     stages_done: dict[str, int] = field(default_factory=dict)
 
     @property
-    def planned(self) -> tuple[OrderWork, ...]:
-        """The evaluation orders."""
-        return name_orders("evaluate", self.plan["evaluate"], "test")
+    def wanted(self) -> int:
+        """How many evaluation orders the study has, there or not."""
+        return max(len(self.plan["evaluate"]), len(self.planned))
 
     @cached_property
     def evaluated(self) -> list[OrderAccuracy]:
         """Evaluation orders of which every accuracy is there, in the order planned."""
         found = []
-        for work in self.planned:
+        for name, order in self.planned.items():
             rows = self.results
             if len(rows):
-                rows = rows[(rows["trial"] == "chosen") & (rows["order_name"] == work.name)]
-            one = complete_order(work.name, work.order, rows)
+                rows = rows[(rows["trial"] == "chosen") & (rows["order_name"] == name)]
+            one = complete_order(name, order, rows)
             if one is not None:
                 found.append(one)
         return found
@@ -105,7 +108,25 @@ class ReportData:
     @property
     def complete(self) -> bool:
         """Whether every planned evaluation order is there: only then is anything averaged over orders."""
-        return len(self.evaluated) == len(self.planned)
+        return len(self.evaluated) == self.wanted
+
+    @property
+    def compared(self) -> bool:
+        """Whether only methods were compared, with neither a run nor a sweep."""
+        return self.summary is None and self.robustness is not None
+
+    @property
+    def class_orders(self) -> bool:
+        """Whether each order has tasks of its own, cut from its order of classes."""
+        return self.plan.get("kind") == "class"
+
+    @property
+    def roots(self) -> dict[tuple[int, ...], str] | None:
+        """By order, the root of the tree that it grows from; None outside trees."""
+        labels = self.plan.get("roots", {}).get("evaluate", [])
+        if self.plan.get("design") != "tree" or len(labels) != len(self.planned):
+            return None
+        return dict(zip(self.planned.values(), labels, strict=True))
 
     @cached_property
     def trials(self) -> list[optuna.trial.FrozenTrial]:
@@ -135,26 +156,38 @@ def read_report_data(folder: Path) -> ReportData:
         ConfigError: no such study, or a file of it can't be read.
     """
     study = read_run_study(folder)
-    summary = _json(folder / "summary.json")
     plan = _json(folder / "orders.json")
     if plan is None:
         raise ConfigError(f"{folder / 'orders.json'} is missing; `orchestrate resume {folder.name}` writes it again")
     data = ReportData(
-        folder=folder,
-        study=study,
-        tasks=list(summary["tasks"]) if summary else [],
-        plan=plan,
-        summary=summary,
-        results=_table(folder / "results.parquet") if summary else pd.DataFrame(),
-        timings=_table(folder / "timings.parquet") if summary else pd.DataFrame(),
-        facts=_table(folder / "facts.parquet") if summary else pd.DataFrame(),
-        search=_search(folder),
+        folder,
+        study,
+        plan,
+        summary=_json(folder / "summary.json"),
+        search=_search(folder, study.name),
         provenance=_json(folder / "provenance.json") or {},
         robustness=_json(folder / "robustness.json"),
     )
-    if summary is None:
+    if data.summary is not None:
+        data.tasks = list(data.summary["tasks"])
+        data.planned = {name: tuple(order) for name, order in data.summary["orders"].items()}
+        data.results, data.timings = _table(folder / "results.parquet"), _table(folder / "timings.parquet")
+        data.facts = _table(folder / "facts.parquet")
+    elif data.robustness is not None:
+        _read_comparison(data, data.robustness)
+    else:
         _read_from_store(data)
     return data
+
+
+def _read_comparison(data: ReportData, values: Mapping[str, Any]) -> None:
+    """The orders of the comparison's baseline, of its first training seed."""
+    data.tasks = list(values["tasks"])
+    data.planned = {name: tuple(order) for name, order in values["orders"].items()}
+    rows = _table(data.folder / "robustness.parquet")
+    if len(rows):
+        own = rows[(rows["setting"] == values["baseline"]) & (rows["seed"] == values["seeds"][0])]
+        data.results = own.assign(trial="chosen")
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -175,14 +208,14 @@ def _table(path: Path) -> pd.DataFrame:
         raise ConfigError(f"{path} can't be read: {error}; remove it, and run the study's command again") from error
 
 
-def _search(folder: Path) -> optuna.Study | None:
+def _search(folder: Path, name: str) -> optuna.Study | None:
     file = folder / "optuna.db"
     if not file.is_file():
         return None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.RDBStorage(f"sqlite:///{file.absolute()}")
     names = optuna.get_all_study_names(storage)
-    return optuna.load_study(study_name=names[0], storage=storage) if names else None
+    return optuna.load_study(study_name=name, storage=storage) if name in names else None
 
 
 def _read_from_store(data: ReportData) -> None:
@@ -193,6 +226,7 @@ def _read_from_store(data: ReportData) -> None:
 
     session = open_session(data.study, search=False)
     data.tasks = session.task_names
+    data.planned = {work.name: work.order for work in session.evaluate_orders}
     results = []
     for trial in data.trials:
         if trial.state == optuna.trial.TrialState.COMPLETE and "settings" in trial.user_attrs:
@@ -216,13 +250,11 @@ def _chosen_settings(data: ReportData) -> Mapping[str, Any] | None:
     ended = [trial for trial in data.trials if trial.state.is_finished()]
     if len(ended) < data.study.search.trials:
         return None
-    from loda.errors import StageError
-    from orchestrate.choice import choose
-
-    try:
-        return dict(choose(data.search).user_attrs["settings"])
-    except StageError:  # no trial succeeded
+    if not any(trial.state == optuna.trial.TrialState.COMPLETE for trial in ended):
         return None
+    from orchestrate.sweep import choose
+
+    return dict(choose(cast(Any, SimpleNamespace(optuna_study=data.search))).user_attrs["settings"])
 
 
 def _stages_done(session: Session, settings: Mapping[str, Any]) -> dict[str, int]:

@@ -35,6 +35,7 @@ def incomplete(values: dict, command: str) -> str:  # type: ignore[type-arg]
         if block["present"] < block["expected"]
     ]
     return (
-        f"Unfinished: {parts['present']} of {parts['expected']} runs are there. Methods that lack orders are left out of "
+        f"Unfinished: {parts['present']} of {parts['expected']} runs are there. Methods that lack orders are left out "
+        "of "
         f"every number above: {', '.join(left_out)}. {command} goes on."
     )

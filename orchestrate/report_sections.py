@@ -13,7 +13,7 @@ from orchestrate.charts.style import Table, list_words
 from orchestrate.order_effects import order_effects
 from orchestrate.report_data import OrderAccuracy, ReportData
 from orchestrate.report_parts import Section
-from orchestrate.report_robustness import comparison
+from orchestrate.report_robustness import comparison, incomplete
 from orchestrate.results import mean_interval
 
 
@@ -46,15 +46,17 @@ def best_trial(data: ReportData) -> int | None:
 
 def status(data: ReportData) -> str:
     """Of a study that isn't whole: how much of it is there. Empty for a whole one."""
-    done, planned = len(data.evaluated), len(data.planned)
+    done, wanted = len(data.evaluated), data.wanted
+    if data.compared and data.robustness is not None:
+        return incomplete(data.robustness, f"`orchestrate robustness {data.study.name}`")
     if data.complete and data.summary:
         return ""
-    text = f"This study hasn't ended: {done} of {planned} evaluation orders are complete"
+    text = f"This study hasn't ended: {done} of {wanted} evaluation orders are complete"
     if data.search is not None:
         ended = sum(trial.state.is_finished() for trial in data.trials)
         text += f", {ended} of {data.study.search.trials} trials of the search have ended"
-    text += ". Nothing is averaged over orders while some are missing." if done < planned else "."
-    return f"{text} `orchestrate resume {data.study.name}` goes on."
+    text += ". Nothing is averaged over orders while some are missing." if done < wanted else "."
+    return f"{text} {_go_on(data)} goes on."
 
 
 def spread_row(label: str, values: Sequence[float]) -> tuple[str, str, str]:
@@ -68,6 +70,8 @@ def spread_row(label: str, values: Sequence[float]) -> tuple[str, str, str]:
 
 def headline(data: ReportData) -> Headline:
     """The result table; while orders are missing, those that are there, each for itself."""
+    if data.compared and data.robustness is not None:
+        return _compared(data.robustness)
     if not data.evaluated:
         return Headline()
     if not data.complete:
@@ -99,11 +103,24 @@ def headline(data: ReportData) -> Headline:
         trials = sum(data.summary["trials"].values())
         setting = ", ".join(f"{path} {value}" for path, value in search.setting_rows(best["settings"]))
         text = (
-            f"Of {trials} trials, number {best['trial']} was chosen on validation images and {len(data.plan['tune'])} tuning "
-            f"orders ({scores}): {setting}. It was judged once on test images and {len(data.planned)} orders that the search "
+            f"Of {trials} trials, number {best['trial']} was chosen on validation images and {len(data.plan['tune'])} "
+            "tuning "
+            f"orders ({scores}): {setting}. It was judged once on test images and {data.wanted} orders that the "
+            "search "
             "never used."
         )
     return Headline(tuple(rows), text)
+
+
+def _compared(values: dict[str, Any]) -> Headline:
+    """A_last of each method compared."""
+    rows = []
+    for name, block in values["spread"].items():
+        last = block["a_last"]
+        low, high = last.get("interval") or (None, None)
+        remark = f"{100 * values['confidence']:.0f}% interval {low:.2f} to {high:.2f}" if low is not None else ""
+        rows.append((name, f"{last['mean']:.2f} %", f"{remark}, worst order {last['worst']:.2f} %".removeprefix(", ")))
+    return Headline(tuple(rows), f"A_last on test images over {values['units']['note']}.")
 
 
 def _accuracy(data: ReportData) -> Section:
@@ -119,7 +136,10 @@ def _accuracy(data: ReportData) -> Section:
         charts += [accuracy.order_matrix(ranked[-1], data.tasks, "best")]
     else:
         charts += [accuracy.order_matrix(found[0], data.tasks, "only" if len(found) == 1 else "first")]
-    return Section("accuracy", "Accuracy by task and order", "", tuple(charts))
+    text = ""
+    if data.compared and data.robustness is not None:
+        text = f"Of {data.robustness['baseline']}, training seed {data.robustness['seeds'][0]}."
+    return Section("accuracy", "Accuracy by task and order", text, tuple(charts))
 
 
 def _orders(data: ReportData) -> Section | None:
@@ -127,20 +147,19 @@ def _orders(data: ReportData) -> Section | None:
     if not found or found[0].joint or len(data.tasks) < 2:
         return None
     title = "Effects of the order"
+    if data.class_orders:
+        why = "Every class order has tasks of its own, so tasks can't be followed from one order to another."
+        return Section("orders", title, missing=why)
     if not data.complete or len(found) < 2:
-        why = (
-            _go_on(data)
-            if not data.complete
-            else "one order can't show what the order does; set orders.evaluate higher"
-        )
-        return Section(
-            "orders", title, missing=f"Needs all evaluation orders: {why}." if not data.complete else f"{why}."
-        )
+        why = "One order can't show what the order does; set orders.evaluate higher."
+        if not data.complete:
+            why = f"Needs all evaluation orders: {_go_on(data)} goes on."
+        return Section("orders", title, missing=why)
     charts = [orders.order_map(found, data.tasks), accuracy.disparity(found, data.tasks)]
     missing = ""
     try:
-        learned = order_effects({one.order: one.matrix.diagonal().tolist() for one in found})
-        final = order_effects({one.order: one.matrix[-1].tolist() for one in found})
+        learned = order_effects({one.order: one.matrix.diagonal().tolist() for one in found}, data.roots)
+        final = order_effects({one.order: one.matrix[-1].tolist() for one in found}, data.roots)
         charts.insert(1, orders.effects(learned, final, data.tasks))
     except ValueError as error:
         missing = f"Position and predecessor: {error}."

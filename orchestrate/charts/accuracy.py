@@ -92,7 +92,8 @@ def mean_matrix(orders: Sequence[OrderAccuracy]) -> Chart:
         "accuracy-matrix",
         f"Accuracy matrix by position, mean over {len(orders)} orders" if len(orders) > 1 else "Accuracy matrix",
         "Row i: after i tasks. Column j: accuracy (%) on the task learned j-th. Down a column a task is forgotten.",
-        f"Heat map of a {size} by {size} lower triangle; the diagonal averages {mean.diagonal().mean():.2f} percent, the "
+        f"Heat map of a {size} by {size} lower triangle; the diagonal averages {mean.diagonal().mean():.2f} percent, "
+        "the "
         f"last row {mean[-1].mean():.2f} percent.",
         figure,
     )
@@ -129,9 +130,9 @@ def _heat(matrix: np.ndarray, names: Sequence[str], x_label: str, y_label: str, 
             text = cell_text(*colours(norm(value))[:3])
             axes.text(j + 0.5, i + 0.5, f"{value:.0f}", ha="center", va="center", fontsize=8.5, color=text)
     step = 1 if columns <= 25 else 5
-    ticks = np.arange(0, columns, step)
+    ticks = range(0, columns, step)
     angle = {"rotation": 38, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-    axes.set_xticks(ticks + 0.5, [names[k] for k in ticks], **angle)  # type: ignore[arg-type]
+    axes.set_xticks([k + 0.5 for k in ticks], [names[k] for k in ticks], **angle)  # type: ignore[arg-type]
     axes.set_yticks(np.arange(0, rows, step) + 0.5, [str(k + 1) for k in range(0, rows, step)])
     if rows == 1 and columns > 1:
         axes.set_yticks([0.5], ["all"])

@@ -31,7 +31,9 @@ def spread(values: Block) -> Chart:
     figure, (axes,) = new_figure(0.95 + 0.42 * len(ranked))
     for row, name in enumerate(ranked):
         by_order = list(values["per_order"][name]["a_last"].values())
-        axes.plot(by_order, np.full(len(by_order), row), "o", color=BLUE, alpha=0.4, markersize=4, markeredgewidth=0)
+        axes.plot(
+            by_order, np.full(len(by_order), row + 0.22), "o", color=BLUE, alpha=0.4, markersize=4, markeredgewidth=0
+        )
         if blocks[name]["interval"]:
             axes.plot(blocks[name]["interval"], [row, row], color=INK, linewidth=3.2, solid_capstyle="butt")
         axes.plot([blocks[name]["mean"]], [row], "D", color=INK, markersize=6)
@@ -44,7 +46,8 @@ def spread(values: Block) -> Chart:
     return Chart(
         "methods",
         "Methods over the same orders",
-        f"A dot is one order, the diamond the mean over orders, the thick line its {confidence} interval. Compare methods by "
+        f"A dot is one order, the diamond the mean over orders, the thick line its {confidence} interval. Compare "
+        "methods by "
         "their paired differences, not by whether these lines overlap: the orders are the same for all.",
         "; ".join(f"{name} {blocks[name]['mean']:.2f}" for name in reversed(ranked)) + f" percent; best {best}.",
         figure,
@@ -84,7 +87,9 @@ def differences(values: Block, metric: str = "a_last") -> Chart | None:
     for row, name in enumerate(ranked):
         block = found[name]
         by_order = list(block["per_order"].values())
-        axes.plot(by_order, np.full(len(by_order), row), "o", color=BLUE, alpha=0.4, markersize=4, markeredgewidth=0)
+        axes.plot(
+            by_order, np.full(len(by_order), row + 0.22), "o", color=BLUE, alpha=0.4, markersize=4, markeredgewidth=0
+        )
         interval = block.get("interval_bca") or block.get("interval_t")
         if interval:
             axes.plot(interval, [row, row], color=INK, linewidth=3.2, solid_capstyle="butt")
@@ -107,7 +112,7 @@ def differences(values: Block, metric: str = "a_last") -> Chart | None:
                 f"{block['won']} / {block['tied']} / {block['lost']}",
                 _p(test.get("p")),
                 _p(test.get("p_holm")),
-            )  # fmt: skip
+            )
         )
     reasons = [f"{name}: {text}" for name, text in paired.get("left_out", {}).items()]
     reasons += [text for block in found.values() for text in block.get("notes", [])]
@@ -115,7 +120,8 @@ def differences(values: Block, metric: str = "a_last") -> Chart | None:
     return Chart(
         "paired-differences",
         f"Paired differences from {baseline}",
-        f"A dot is one order: {baseline} minus the other method on it. Right of zero {baseline} is better; an interval (BCa "
+        f"A dot is one order: {baseline} minus the other method on it. Right of zero {baseline} is better; an interval "
+        "(BCa "
         "bootstrap) that holds zero means the difference could be chance.",
         "; ".join(f"{baseline} minus {name}: {found[name]['mean']:+.2f} points" for name in reversed(ranked)) + ".",
         figure,
@@ -124,7 +130,7 @@ def differences(values: Block, metric: str = "a_last") -> Chart | None:
             tuple(rows),
             f"{title}, points; {baseline} minus the other.",
         ),
-        " ".join(f"{text[0].upper()}{text[1:]}." for text in dict.fromkeys(reasons)),
+        "; ".join(dict.fromkeys(reasons)) + "." if reasons else "",
     )
 
 
@@ -147,9 +153,11 @@ def profiles(values: Block) -> Chart | None:
     return Chart(
         "performance-profiles",
         "Performance profiles",
-        "For each accuracy, the share of orders on which a method does better than that. A curve further to the right is "
+        "For each accuracy, the share of orders on which a method does better than that. A curve further to the right "
+        "is "
         "better; one that falls steeply depends little on the order.",
-        f"Curves of {len(block['share'])} methods over A_last from {min(block['tau']):.1f} to {max(block['tau']):.1f} percent.",
+        f"Curves of {len(block['share'])} methods over A_last from {min(block['tau']):.1f} to {max(block['tau']):.1f} "
+        "percent.",
         figure,
     )
 
@@ -183,7 +191,8 @@ def positions(values: Block) -> Chart | None:
     return Chart(
         "positions",
         "Who forgets early tasks",
-        "Final accuracy of the task learned at each position, mean over orders with its interval. A line that climbs to the "
+        "Final accuracy of the task learned at each position, mean over orders with its interval. A line that climbs "
+        "to the "
         "right means that early tasks suffer.",
         "; ".join(
             f"{name}: first {percent(rows[0]['final']['mean'])}, last {percent(rows[-1]['final']['mean'])} percent"
@@ -197,11 +206,9 @@ def positions(values: Block) -> Chart | None:
 
 def tables(values: Block) -> tuple[Table, ...]:
     """Where the variance comes from, disparity, and how many orders a precision needs."""
-    variance, disparity, precision = [], [], []
-    for name, block in values.get("variance", {}).items():
-        part = block.get("a_last", {})
-        shares = {key: share for key, share in (part.get("shares") or {}).items() if share is not None}
-        variance += [(name, key.replace("_", " "), f"{100 * share:.0f}%") for key, share in shares.items()]
+    disparity, precision = [], []
+    variance = {name: block.get("a_last", {}).get("shares") or {} for name, block in values.get("variance", {}).items()}
+    sources = list(dict.fromkeys(source for shares in variance.values() for source in shares))
     for name, block in values.get("disparity", {}).items():
         if block and block.get("average") is not None:
             disparity.append((name, percent(block["average"]), percent(block["maximum"]), str(block["worst_task"])))
@@ -216,9 +223,13 @@ def tables(values: Block) -> tuple[Table, ...]:
     if disparity:
         caption = "Order-normalised disparity: best minus worst order of a task's final accuracy, points."
         found.append(Table(("method", "average", "maximum", "of task"), tuple(disparity), caption))
-    if variance:
-        caption = "Where the variance of A_last comes from."
-        found.append(Table(("method", "source", "share"), tuple(variance), caption))
+    if sources:
+        caption = "Where the variance of A_last over orders and seeds comes from."
+        rows = tuple(
+            (name, *("–" if shares.get(source) is None else f"{100 * shares[source]:.0f}%" for source in sources))
+            for name, shares in variance.items()
+        )
+        found.append(Table(("method", *(source.replace("_", " ") for source in sources)), rows, caption))
     if precision:
         caption = "Orders that a precision of mean A_last needs."
         found.append(Table(("method", "orders now", "now", "wanted", "orders needed"), tuple(precision), caption))
@@ -230,12 +241,13 @@ def ranking(values: Block) -> str:
     block = values.get("ranks", {}).get("a_last", {})
     test = block.get("friedman") or {}
     if block.get("kendall_w") is None or test.get("p") is None:
-        return " ".join(f"Ranks: {text}." for text in block.get("reasons", {}).values())
+        return " ".join(f"Ranks: {text}." for text in dict.fromkeys(block.get("reasons", {}).values()))
     ranks = ", ".join(
         f"{name} {rank:.2f}" for name, rank in sorted(block["mean_ranks"].items(), key=lambda item: item[1])
     )
     return (
-        f"Mean ranks by A_last over {block['roots']} independent orders: {ranks}. Friedman {_p(test['p'], 'p ')}; Kendall's "
+        f"Mean ranks by A_last over {block['roots']} independent orders: {ranks}. Friedman {_p(test['p'], 'p ')}; "
+        "Kendall's "
         f"W {block['kendall_w']:.2f} (1: every order ranks the methods alike, 0: no agreement)."
     )
 

@@ -78,7 +78,8 @@ def _layers(facts: pd.DataFrame, kinds: list[str], name: str, title: str) -> Cha
         cells = [facts.loc[(facts["kind"] == kind) & (facts["layer"] == layer), "value"] for kind in kinds]
         rows.append((layer, *(f"{100 * cell.mean():.1f}%" if share else f"{cell.mean():.2f}" for cell in cells)))
     reading = (
-        "A row is a layer, a column the position of the task: the rank that the method chose, mean over evaluation orders."
+        "A row is a layer, a column the position of the task: the rank that the method chose, mean over evaluation "
+        "orders."
         if not share
         else "A row is a layer, a column the position of the task: how much of the layer's energy (sum of the relevant "
         "eigenvalues) the fixed rank holds, mean over evaluation orders. Low values ask for a higher rank there."

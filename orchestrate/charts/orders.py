@@ -34,8 +34,8 @@ def order_map(orders: Sequence[OrderAccuracy], tasks: Sequence[str]) -> Chart:
     means = {index: np.mean([one.by_task()[index] for one in orders]) for index in range(len(tasks))}
     deviation_NT = np.array([[one.by_task()[index] - means[index] for index in one.order] for one in shown])
     reach = max(1.0, float(np.abs(deviation_NT).max()))
-    figure, (cells, scores) = new_figure(1.15 + 0.235 * len(shown), columns=2)
-    cells.get_gridspec().set_width_ratios([max(1.6, min(3.2, 0.34 * len(tasks))), 1.25])
+    ratios = (max(1.6, min(3.2, 0.34 * len(tasks))), 1.25)
+    figure, (cells, scores) = new_figure(1.15 + 0.235 * len(shown), columns=2, ratios=ratios)
     colours, norm = matplotlib.colormaps["PuOr"], Normalize(-reach, reach)
     cells.grid(False)
     mesh = cells.pcolormesh(deviation_NT, cmap=colours, norm=norm, edgecolors="none")
@@ -71,12 +71,14 @@ def order_map(orders: Sequence[OrderAccuracy], tasks: Sequence[str]) -> Chart:
     return Chart(
         "order-effects",
         "Which order hurts",
-        "A row is an order, read from left to right; numbers are tasks. Orange cells are tasks that ended worse in this "
+        "A row is an order, read from left to right; numbers are tasks. Orange cells are tasks that ended worse in "
+        "this "
         "order than they do on average, purple ones better; the dot is the order's A_last, the line the mean.",
-        f"Grid of {len(shown)} orders. Best: {best.name} with A_last {best.summary.a_last:.2f} percent; worst: {worst.name} "
+        f"Grid of {len(shown)} orders. Best: {best.name} with A_last {best.summary.a_last:.2f} percent; worst: "
+        f"{worst.name} "
         f"with {worst.summary.a_last:.2f} percent.",
         figure,
-        Table(("number", "task"), tuple((str(index), name) for index, name in enumerate(tasks)), "The tasks."),
+        note="Tasks: " + ", ".join(f"{index} {name}" for index, name in enumerate(tasks)) + ".",
     )
 
 
@@ -98,15 +100,19 @@ def effects(learned: OrderEffects, final: OrderEffects, tasks: Sequence[str]) ->
         ]
     )
     note = (
-        f"Fitted to {final.orders} orders by least squares: accuracy = mean + task + position + predecessor, effects of a "
-        f"kind summing to zero. It explains {100 * final.explained:.0f}% of the variance of final accuracy, of which the "
-        f"tasks alone {100 * final.explained_without_order:.0f}%. Intervals: 95%, by leaving out one order at a time; they "
+        f"Fitted to {final.orders} orders by least squares: accuracy = mean + task + position + predecessor, effects "
+        "of a "
+        f"kind summing to zero. It explains {100 * final.explained:.0f}% of the variance of final accuracy, of which "
+        "the "
+        f"tasks alone {100 * final.explained_without_order:.0f}%. Intervals: 95%, by leaving out one order at a time; "
+        "they "
         "hold one by one, not all at once."
     )
     return Chart(
         "position-and-predecessor",
         "Why: position and predecessor",
-        "How many points a task gains or loses by being learned at a position (above) or right after another task (below), "
+        "How many points a task gains or loses by being learned at a position (above) or right after another task "
+        "(below), "
         "whatever task it is: when just learned, and after the last task. Lines that cross zero could be chance.",
         f"Position {order.level + 1} changes final accuracy most, by {order.value:+.2f} points; of predecessors "
         f"{tasks[neighbour.level]}, by {neighbour.value:+.2f} points.",

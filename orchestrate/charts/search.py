@@ -73,12 +73,15 @@ def history(study: optuna.Study, best: int | None) -> Chart:
     return Chart(
         "search-history",
         "Search history",
-        "A dot is a setting, scored on validation images over the tuning orders; the line is the best up to there. A search "
+        "A dot is a setting, scored on validation images over the tuning orders; the line is the best up to there. A "
+        "search "
         "that still climbs at its end wants more trials.",
-        f"{len(done)} finished trials of {len(states)}; {labels(study)[0]} from {values.min():.2f} to {values.max():.2f}.",
+        f"{len(done)} finished trials of {len(states)}; {labels(study)[0]} from {values.min():.2f} to "
+        f"{values.max():.2f}.",
         figure,
         _trial_table(study, best),
-        f"Trials: {counted}. These scores chose the setting; they are higher than what it will do elsewhere, which is why "
+        f"Trials: {counted}. These scores chose the setting; they are higher than what it will do elsewhere, which is "
+        "why "
         "the results above come from other orders and from test images.",
     )
 
@@ -162,7 +165,7 @@ def parallel(study: optuna.Study, best: int | None) -> Chart | None:
         chosen = done[index].number == best
         colour = ORANGE if chosen else colours(norm(values[index]))
         axes.plot(x, heights, color=colour, linewidth=2.6 if chosen else 1.3, alpha=1 if chosen else 0.75)
-    for place, scale in zip(x, [*columns, score], strict=True):
+    for place, scale in zip(x.tolist(), [*columns, score], strict=True):
         axes.axvline(place, color=MUTED, linewidth=0.8)
         last = place == x[-1]
         for height, text in scale.ticks:
@@ -189,7 +192,8 @@ def parallel(study: optuna.Study, best: int | None) -> Chart | None:
 
 
 class _Scale:
-    """Where values lie on an axis from 0 to 1: numbers by size (by their logarithm over two decades), others in steps."""
+    """Where values lie on an axis from 0 to 1: numbers by size (by their logarithm over two decades), others in "
+    "steps."""
 
     def __init__(self, values: Sequence[Any]) -> None:
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
@@ -227,7 +231,8 @@ def pareto(study: optuna.Study, best: int | None) -> Chart | None:
     return Chart(
         "pareto-front",
         "Pareto front",
-        f"Settings of which no other is better in all of {len(names)} objectives; the chosen one has the best {names[0]}.",
+        f"Settings of which no other is better in all of {len(names)} objectives; the chosen one has the best "
+        f"{names[0]}.",
         f"{len(front)} of {len(done)} settings are on the front of {' and '.join(names[:2])}.",
         figure,
         Table(("trial", *names), rows, "The front."),

@@ -1,7 +1,7 @@
 """How figures look, and how one drawing becomes an SVG file, a PNG file and a part of a page in light and dark.
 
-Matplotlib draws in the colours of the light theme. Inside a page each of them becomes a CSS variable, so the page decides;
-text stays text, in the page's font.
+Matplotlib draws in the colours of the light theme. Inside a page each of them becomes a CSS variable, so the page
+decides; text stays text, in the page's font.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import matplotlib.ticker
@@ -35,7 +36,7 @@ THEME = {
 }
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE)
 DARK_TEXT, LIGHT_TEXT = "#101010", "#fafafa"  # on coloured cells, which both themes show alike
-_RC = {
+_RC: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "orchestrate",  # equal figures give equal files
     "font.size": 9.5,
@@ -102,14 +103,17 @@ class Chart:
 @contextmanager
 def themed() -> Iterator[None]:
     """Draw and save figures inside this."""
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(_RC):  # type: ignore[arg-type]
         yield
 
 
-def new_figure(height: float, width: float = WIDTH, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of ``rows`` x ``columns`` axes; sizes in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
+def new_figure(
+    height: float, columns: int = 1, rows: int = 1, ratios: Sequence[float] | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure of ``rows`` x ``columns`` axes; height in inches, ``ratios`` of the columns' widths."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    grid = figure.add_gridspec(rows, columns, width_ratios=ratios)
+    return figure, [figure.add_subplot(grid[row, column]) for row in range(rows) for column in range(columns)]
 
 
 def whole_numbers(axes: Axes) -> None:
