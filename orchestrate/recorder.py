@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from orchestrate.measurements import epoch_losses, git_commit, software, stage_metrics
+from orchestrate.notes import experiment_note, study_note
 from orchestrate.results import OrderResult
 from orchestrate.session import Session, write_atomic
 from orchestrate.tracking import TrackedRun, Tracker
@@ -54,9 +55,11 @@ class Recorder:
             {
                 "backbone_digest": bench.backbone.digest,
                 "data_digest": bench.dataset.digest,
-                "method": study.method.name,
+                **self._tags("study"),
             },
         )
+        tracker.describe(self.study_run, study_note(study, None))
+        tracker.describe(None, experiment_note(study, None))
         tracker.log_setup(self.study_run, study.to_yaml())
         write_provenance(session)
         tracker.log_data(self.study_run, bench.dataset.name, bench.dataset.digest, study.stream.dataset)
@@ -67,9 +70,16 @@ class Recorder:
     def trial(self, trial: str, settings: Mapping[str, Any]) -> TrackedRun:
         """The trial's run, made at its first mention."""
         if trial not in self._trials:
-            tags = {"phase": "evaluation" if trial == "chosen" else "search"}
-            self._trials[trial] = self.tracker.trial_run(trial, settings, tags)
+            self._trials[trial] = self.tracker.trial_run(trial, settings, self._tags(trial))
         return self._trials[trial]
+
+    def _tags(self, trial: str) -> dict[str, str]:
+        """What runs are filtered by; ``trial`` is "study" for the study's own run."""
+        orders = self.session.study.orders
+        phase = {"study": "study", "chosen": "evaluation"}.get(trial, "search")
+        tags = {"phase": phase, "method": self.session.study.method.name, "order_design": orders.design}
+        tags["order_kind"] = str(getattr(orders, "kind", "task"))
+        return tags if trial == "study" else tags | {"trial": trial}
 
     def stage(self, trial: str, settings: Mapping[str, Any], order: tuple[int, ...], event: Mapping[str, Any]) -> None:
         """A finished stage, from the keys that a worker reported; numbers come from the store."""
@@ -84,7 +94,8 @@ class Recorder:
         name = (trial, event["order"])
         run = self.trial(trial, settings)
         if name not in self._orders:
-            self._orders[name] = self.tracker.order_run(run, event["order"], order)
+            title = f"{event['order']} ({trial})"  # MLflow's charts show nothing else of a run
+            self._orders[name] = self.tracker.order_run(run, event["order"], order, title=title, tags=self._tags(trial))
         evaluations = self._evaluations.setdefault(name, [])
         if event["position"] == 0:
             evaluations.clear()  # a worker group that was started again walks its orders from the start
@@ -116,12 +127,41 @@ class Recorder:
                         self.tracker.end(order_run, status)
             self.tracker.end(run, status, metrics=dict(metrics), tags=dict(tags))
 
-    def finish(self, metrics: Mapping[str, float], files: Mapping[str, bytes | str], model: Path | None) -> str | None:
-        """The study's end; returns the registered model's version."""
+    def finish(
+        self,
+        metrics: Mapping[str, float],
+        files: Mapping[str, bytes | str],
+        model: Path | None,
+        values: Mapping[str, Any],
+        pages: Sequence[Path] = (),
+    ) -> str | None:
+        """The study's end.
+
+        Args:
+            metrics: of the study as a whole.
+            files: tables and documents.
+            model: folder of the merged model; None: nothing is registered.
+            values: the document that becomes ``summary.json``, for the descriptions.
+            pages: the report and its figures.
+
+        Returns:
+            The registered model's version.
+        """
         self.tracker.log_files(self.study_run, dict(files))
+        figures = {page.name: page.read_bytes() for page in pages if page.suffix == ".png"}
+        reports = {page.name: page.read_bytes() for page in pages if page.suffix != ".png"}
+        for folder, found in ((None, reports), ("figures", figures)):
+            if found:
+                self.tracker.log_files(self.study_run, found, folder)
+        study = self.session.study
+        tags = {}
+        if "best" in values:
+            tags["best_trial"] = f"trial-{values['best']['trial']:04d}"
+            self.tracker.mark_best(tags["best_trial"])
+        self.tracker.describe(self.study_run, study_note(study, values))
+        self.tracker.describe(None, experiment_note(study, values))
         version = None
         if model is not None:
-            name = f"{self.session.study.name}-merged"
-            version = self.tracker.register(self.study_run, model, name)
-        self.tracker.end(self.study_run, metrics=dict(metrics))
+            version = self.tracker.register(self.study_run, model, f"{study.name}-merged")
+        self.tracker.end(self.study_run, metrics=dict(metrics), tags=tags)
         return version

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -28,12 +28,13 @@ class Drawn:
     png: bytes
 
 
-def make_report(folder: Path, output: Path | None = None) -> dict[str, Any]:
+def make_report(folder: Path, output: Path | None = None, summary: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write ``report.html`` and ``figures/`` of a study, finished or not.
 
     Args:
         folder: ``runs/<study>/``.
         output: where the page goes; None: into the run folder. Figures always go there.
+        summary: what ``summary.json`` will say, of a study that ends this moment; None: the file is read.
 
     Returns:
         What was written, for ``--json``.
@@ -41,7 +42,7 @@ def make_report(folder: Path, output: Path | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: no such study, a file that can't be read, or ``output`` can't be written.
     """
-    data = read_report_data(folder)
+    data = read_report_data(folder, summary)
     page = output if output is not None else folder / "report.html"
     with themed():
         parts = sections(data)
@@ -65,6 +66,7 @@ def make_report(folder: Path, output: Path | None = None) -> dict[str, Any]:
 
 def _draw(chart: Chart) -> Drawn:
     svg = to_svg(chart.figure, chart.title)
+    chart.figure.set_layout_engine("none")  # laid out; the second drawing needn't do it again
     return Drawn(chart, inline_svg(svg, chart.name, chart.alt), svg, to_png(chart.figure))
 
 

@@ -149,8 +149,8 @@ def complete_order(name: str, order: Sequence[int], rows: pd.DataFrame) -> Order
     return OrderAccuracy(name, tuple(order), matrix, counts)
 
 
-def read_report_data(folder: Path) -> ReportData:
-    """Everything in a run folder.
+def read_report_data(folder: Path, summary: Mapping[str, Any] | None = None) -> ReportData:
+    """Everything in a run folder; ``summary`` stands in for a ``summary.json`` that isn't written yet.
 
     Raises:
         ConfigError: no such study, or a file of it can't be read.
@@ -163,7 +163,7 @@ def read_report_data(folder: Path) -> ReportData:
         folder,
         study,
         plan,
-        summary=_json(folder / "summary.json"),
+        summary=dict(summary) if summary is not None else _json(folder / "summary.json"),
         search=_search(folder, study.name),
         provenance=_json(folder / "provenance.json") or {},
         robustness=_json(folder / "robustness.json"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -57,6 +58,7 @@ def _places(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     registered = f" (registered as {values['study']}-merged, version {version})" if version else ""
     return [
         ("results", values["results"]),
+        ("report", str(Path(values["results"]).with_name("report.html"))),
         ("merged model", f"orchestrate export {values['study']} DIR{registered}"),
         ("MLflow page", "orchestrate ui"),
     ]
