@@ -6,25 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrate.study import Study
+from orchestrate.tracking_uri import ui_url
 
-FILTERS = (
-    ("the study and its result", "tags.level = 'study'"),
-    ("settings tried", "tags.level = 'trial' AND tags.phase = 'search'"),
-    ("the best setting", "tags.best = 'true'"),
-    ("orders that it was judged on", "tags.level = 'order' AND tags.phase = 'evaluation'"),
-    ("settings that failed", "tags.state = 'failed'"),
+# What a view shows, its filter, what it is sorted by, and whether it shows charts. Sorting by a metric also keeps
+# MLflow from folding the runs under their parents.
+SETTINGS, ORDERS = (
+    "tags.level = 'trial' AND tags.phase = 'search'",
+    "tags.level = 'order' AND tags.phase = 'evaluation'",
+)
+VIEWS = (
+    ("settings tried, best first", SETTINGS, "objective", False),
+    ("the best setting", "tags.best = 'true'", "objective", False),
+    ("orders that it was judged on, worst first", ORDERS, "a_last", False),
+    ("the same orders in charts, a line each", ORDERS, "a_last", True),
+    ("what failed", "tags.state = 'failed'", "objective", False),
 )
 
 
 def study_note(study: Study, values: Mapping[str, Any] | None) -> str:
     """The study run's description; before the study's end (``values`` is None) what it is and how to go on."""
-    lines = [f"### {study.name}: {study.method.name}", ""]
+    lines = [f"### {_result(study, values)}", ""]
     if values is None:
-        lines += [
-            f"Running: to be judged on evaluation orders of the design {study.orders.design!r}. Interrupted? "
-            f"`orchestrate resume {study.name}` goes on.",
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, f"Interrupted? `orchestrate resume {study.name}` goes on."])
     lines += [*_table(values), ""]
     lines += [
         "**Artifacts**: `report.html` (everything on one page), `figures/`, the tables as Parquet, the merged model. "
@@ -39,19 +42,29 @@ def study_note(study: Study, values: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def experiment_note(study: Study, values: Mapping[str, Any] | None) -> str:
-    """The experiment's description: the result of its own study, and filters that find things.
+def experiment_note(study: Study, experiment_id: str, values: Mapping[str, Any] | None) -> str:
+    """The experiment's description: the result of its own study in its first line, and views that find things.
 
     An experiment that ``tracking.experiment`` names may hold several studies; its description names no result.
     """
     own = study.tracking.experiment in (None, study.name)
-    lines = ["Runs inside runs: a **study** holds **trials** (settings), a trial holds its **orders** of tasks."]
-    if own and values is not None:
-        lines = [f"### {study.name}: {study.method.name}", "", *_table(values), "", *lines]
-    elif own:
-        lines = [f"### {study.name}: {study.method.name}", "", "Running.", "", *lines]
-    lines += ["", "| to see | search for |", "|---|---|", *(f"| {what} | `{text}` |" for what, text in FILTERS)]
+    lines = [f"### {_result(study, values)}", ""] if own else []
+    lines += [*_table(values), ""] if own and values is not None else []
+    lines += ["Runs inside runs: a **study** holds **trials** (settings), a trial holds its **orders** of tasks.", ""]
+    lines += ["| view | search for |", "|---|---|"]
+    for what, search, order_by, charts in VIEWS:
+        multi = study.search.objective.multi
+        column = f"metrics.`{multi[0] if multi and order_by == 'objective' else order_by}`"
+        link = ui_url("", experiment_id, search=search, order_by=column, ascending=order_by == "a_last", charts=charts)
+        lines.append(f"| [{what}]({link}) | `{search}` |")
     return "\n".join(lines)
+
+
+def _result(study: Study, values: Mapping[str, Any] | None) -> str:
+    """The one line that MLflow shows of a folded description."""
+    if values is None:
+        return f"{study.name}: {study.method.name}, running"
+    return f"{study.name}: {study.method.name}, A_last {values['a_last']['mean']:.2f} %{_interval(values['a_last'])}"
 
 
 def _table(values: Mapping[str, Any]) -> list[str]:

@@ -59,7 +59,7 @@ class Recorder:
             },
         )
         tracker.describe(self.study_run, study_note(study, None))
-        tracker.describe(None, experiment_note(study, None))
+        tracker.describe(None, experiment_note(study, tracker.experiment_id, None))
         tracker.log_setup(self.study_run, study.to_yaml())
         write_provenance(session)
         tracker.log_data(self.study_run, bench.dataset.name, bench.dataset.digest, study.stream.dataset)
@@ -159,7 +159,7 @@ class Recorder:
             tags["best_trial"] = f"trial-{values['best']['trial']:04d}"
             self.tracker.mark_best(tags["best_trial"])
         self.tracker.describe(self.study_run, study_note(study, values))
-        self.tracker.describe(None, experiment_note(study, values))
+        self.tracker.describe(None, experiment_note(study, self.tracker.experiment_id, values))
         version = None
         if model is not None:
             version = self.tracker.register(self.study_run, model, f"{study.name}-merged")

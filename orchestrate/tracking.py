@@ -107,9 +107,7 @@ class Tracker:
         """
         if self._study is None:
             raise RuntimeError("trial_run: call study_run first")
-        return self._run(
-            self._study, "trial", trial_id, trial_id, params, {"orchestrate.trial": trial_id, **(tags or {})}
-        )
+        return self._run(self._study, "trial", trial_id, trial_id, params, {"trial": trial_id, **(tags or {})})
 
     def order_run(
         self,
@@ -122,7 +120,7 @@ class Tracker:
     ) -> TrackedRun:
         """One order's run inside its trial's; ``title`` is the name that people see, by default the order's."""
         params = {"order": ",".join(str(task) for task in order)}
-        own = {"orchestrate.order": order_name, **(tags or {})}
+        own = {"order": order_name, **(tags or {})}
         return self._run(trial, "order", order_name, title or order_name, params, own)
 
     def describe(self, run: TrackedRun | None, text: str) -> None:
@@ -151,7 +149,7 @@ class Tracker:
         part = re.sub(r"[^\w.\-]", "_", part)
         run = TrackedRun(part if parent is None else f"{parent.key}/{part}", name)
         always = {"mlflow.source.name": "orchestrate", "mlflow.source.type": "LOCAL"}
-        always |= {"orchestrate.level": level, "level": level, "state": "running"}
+        always |= {"level": level, "state": "running"}
         self._delivery.submit(
             "run",
             run.key,

@@ -158,8 +158,7 @@ class RunStore:
 
     def _describe(self, key: str, text: str) -> None:
         if not key:
-            tags = _note(self.client.get_experiment(self.experiment_id).tags, text)
-            for name, value in tags.items():
+            for name, value in _note(self.client.get_experiment(self.experiment_id).tags, text).items():
                 self.client.set_experiment_tag(self.experiment_id, name, value)
             return
         run_id = self.ids[key] if key in self.ids else self._found(key)
