@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -206,3 +207,25 @@ def _only_from(browser: Browser, host: str) -> None:
     """The page complained of nothing but what MLflow's pages always do, and asked nobody but its own server."""
     assert [line for line in browser.console() if not MLFLOWS_OWN.search(line)] == []
     assert {url for url in browser.requests() if not url.startswith((f"{host}/", "data:", "blob:"))} <= {"about:blank"}
+
+
+def test_optuna_dashboard_opens_the_search(searched: Searched, browser: Browser) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = str(Path(sys.executable).with_name("optuna-dashboard"))
+    address = ["--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(
+        [program, f"sqlite:///{searched.runs / 'optuna.db'}", *address],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    host = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for_server(server, f"{host}/dashboard")
+        browser.look(SCREEN)
+        browser.open(f"{host}/dashboard/studies/1")
+        browser.wait_for("tiny", "History", "Hyperparameter Importance")
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
