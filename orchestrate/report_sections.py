@@ -63,7 +63,9 @@ def spread_row(label: str, values: Sequence[float]) -> tuple[str, str, str]:
     """A mean with its interval."""
     interval = mean_interval(values)
     remark = "one order: nothing is known about others"
-    if interval is not None:
+    if interval is not None and min(values) == max(values):
+        remark = f"the same for all {len(values)} orders"
+    elif interval is not None:
         remark = f"95% t interval {interval[0]:.2f} to {interval[1]:.2f} over {len(values)} orders"
     return label, f"{np.mean(values):.2f} %", remark
 
@@ -87,7 +89,7 @@ def headline(data: ReportData) -> Headline:
     rows = [spread_row("A_last, test", last)]
     if not data.evaluated[0].joint:
         rows.append(spread_row("A_avg, test", [one.a_avg for one in summaries]))
-    if len(last) > 1:
+    if min(last) < max(last):
         worst = data.evaluated[int(np.argmin(last))]
         rows.append(("worst order", f"{min(last):.2f} %", f"A_last of {worst.name}"))
         rows.append(("spread over orders", f"{np.std(last, ddof=1):.2f}", "standard deviation of A_last, points"))
@@ -126,14 +128,16 @@ def _compared(values: dict[str, Any]) -> Headline:
 def _accuracy(data: ReportData) -> Section:
     found = data.evaluated
     if not found:
-        return Section("accuracy", "Accuracy", missing=f"No evaluation order is complete; {_go_on(data)}.")
+        return Section("accuracy", "Accuracy", missing=f"No evaluation order is complete; {_go_on(data)} goes on.")
     if found[0].joint:
         return Section("accuracy", "Accuracy", "", (accuracy.order_matrix(found[0], data.tasks, "only"),))
     charts = [accuracy.curves(found, data.complete)]
-    if len(found) > 1 and data.complete:
-        ranked = sorted(found, key=lambda one: one.summary.a_last)
-        charts += [accuracy.mean_matrix(found), accuracy.order_matrix(ranked[0], data.tasks, "worst")]
-        charts += [accuracy.order_matrix(ranked[-1], data.tasks, "best")]
+    ranked = sorted(found, key=lambda one: one.summary.a_last)
+    if data.complete and len(found) > 1:
+        charts.append(accuracy.mean_matrix(found))
+    if data.complete and ranked[0].summary.a_last < ranked[-1].summary.a_last:
+        charts.append(accuracy.order_matrix(ranked[0], data.tasks, "worst"))
+        charts.append(accuracy.order_matrix(ranked[-1], data.tasks, "best"))
     else:
         charts += [accuracy.order_matrix(found[0], data.tasks, "only" if len(found) == 1 else "first")]
     text = ""
@@ -170,7 +174,7 @@ def _search(data: ReportData) -> Section | None:
     if data.search is None:
         return None
     if not search.finished(data.search):
-        return Section("search", "Search", missing=f"No trial has finished; {_go_on(data)}.")
+        return Section("search", "Search", missing=f"No trial has finished; {_go_on(data)} goes on.")
     best = best_trial(data)
     charts = [search.history(data.search, best), search.importance(data.search), search.parallel(data.search, best)]
     charts.append(search.pareto(data.search, best))

@@ -48,8 +48,9 @@ def curves(orders: Sequence[OrderAccuracy], complete: bool) -> Chart:
             positions, curves_NT.mean(0), color=INK, linewidth=2, marker="o", markersize=4, label="mean over orders"
         )
     worst = int(np.argmin(curves_NT[:, -1]))
-    if len(orders) > 1:
+    if np.ptp(curves_NT[:, -1]) > 0:
         axes.plot(positions, curves_NT[worst], color=ORANGE, linewidth=1.6, label=f"worst: {orders[worst].name}")
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best")
     axes.set_xlabel("tasks learned")
     axes.set_ylabel("accuracy on classes seen (%)")

@@ -143,6 +143,8 @@ def _number(effect: Effect) -> str:
 def extremes(orders: Sequence[OrderAccuracy], tasks: Sequence[str]) -> str:
     """One sentence: the best and the worst order, by task names."""
     ranked = sorted(orders, key=lambda one: one.summary.a_last)
+    if ranked[0].summary.a_last == ranked[-1].summary.a_last:
+        return f"A_last is {percent(ranked[0].summary.a_last)}% whatever the order."
     texts = [
         f"{word} {percent(one.summary.a_last)}% ({' > '.join(tasks[index] for index in one.order)})"
         for word, one in (("Worst order:", ranked[0]), ("best order:", ranked[-1]))
