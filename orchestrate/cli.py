@@ -197,6 +197,22 @@ def show_(study: NameArgument = None, as_json: Json = False) -> None:
 
 
 @app.command()
+def report(
+    study: NameArgument = None,
+    output: Annotated[Path | None, typer.Option(help="Default: report.html in the study's run folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """One HTML file about a study, finished or not: accuracy, effects of the order, search, time, versions.
+
+    Example: `orchestrate report alphabets`
+    """
+    from orchestrate.report import make_report
+
+    values = make_report(_run_folder(study), output)
+    _print(values) if as_json else typer.echo(values["report"])
+
+
+@app.command()
 def export(
     study: Annotated[str, typer.Argument(help="A study that was run.")],
     directory: Annotated[Path, typer.Argument(help="Where model.safetensors and config.json go.")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -64,6 +65,7 @@ def _places(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         model = f"none, and none registered: of {values['method']}, {refusal}"
     return [
         ("results", values["results"]),
+        ("report", str(Path(values["results"]).with_name("report.html"))),
         ("merged model", model),
         ("MLflow page", "orchestrate ui"),
     ]

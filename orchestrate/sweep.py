@@ -16,6 +16,7 @@ from loda.errors import ConfigError, StageError
 from loda.methods import build_method
 from orchestrate.evaluation import Judged, evaluate, is_stored
 from orchestrate.merged import write_merged
+from orchestrate.pages import write_pages
 from orchestrate.progress import StudyProgress
 from orchestrate.racing import RaceScheduler
 from orchestrate.recorder import Recorder
@@ -103,7 +104,7 @@ def _publish(session: Session, judged: Judged, recorder: Recorder, values: Mappi
         model = session.folder / "model"
         export_order(session, judged.settings, judged.results[0], model)
     metrics = {f"test/{key}": values[key]["mean"] for key in ("a_last", "a_avg")}
-    return recorder.finish(metrics, files, model)
+    return recorder.finish(metrics, files, model, values, write_pages(session, judged.results, values))
 
 
 def export_order(session: Session, settings: Mapping[str, Any], one: OrderResult, directory: Path) -> dict[str, Any]:

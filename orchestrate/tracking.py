@@ -107,14 +107,35 @@ class Tracker:
         """
         if self._study is None:
             raise RuntimeError("trial_run: call study_run first")
-        return self._run(
-            self._study, "trial", trial_id, trial_id, params, {"orchestrate.trial": trial_id, **(tags or {})}
-        )
+        return self._run(self._study, "trial", trial_id, trial_id, params, {"trial": trial_id, **(tags or {})})
 
-    def order_run(self, trial: TrackedRun, order_name: str, order: Sequence[int]) -> TrackedRun:
-        """One order's run inside its trial's."""
+    def order_run(
+        self,
+        trial: TrackedRun,
+        order_name: str,
+        order: Sequence[int],
+        *,
+        title: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> TrackedRun:
+        """One order's run inside its trial's; ``title`` is the name that people see, by default the order's."""
         params = {"order": ",".join(str(task) for task in order)}
-        return self._run(trial, "order", order_name, order_name, params, {"orchestrate.order": order_name})
+        own = {"order": order_name, **(tags or {})}
+        return self._run(trial, "order", order_name, title or order_name, params, own)
+
+    def describe(self, run: TrackedRun | None, text: str) -> None:
+        """The Markdown description of a run, or of the experiment (None). One that a person has edited stays."""
+        self._delivery.submit("describe", "" if run is None else run.key, text=redact(text))
+
+    def mark_best(self, trial_id: str) -> None:
+        """Tag a trial of the study with ``best: true``, and take the tag from any other.
+
+        Raises:
+            RuntimeError: before :meth:`study_run`.
+        """
+        if self._study is None:
+            raise RuntimeError("mark_best: call study_run first")
+        self._delivery.submit("best", self._study.key, trial=f"{self._study.key}/{trial_id}")
 
     def _run(
         self,
@@ -127,7 +148,8 @@ class Tracker:
     ) -> TrackedRun:
         part = re.sub(r"[^\w.\-]", "_", part)
         run = TrackedRun(part if parent is None else f"{parent.key}/{part}", name)
-        always = {"mlflow.source.name": "orchestrate", "mlflow.source.type": "LOCAL", "orchestrate.level": level}
+        always = {"mlflow.source.name": "orchestrate", "mlflow.source.type": "LOCAL"}
+        always |= {"level": level, "state": "running"}
         self._delivery.submit(
             "run",
             run.key,
@@ -216,9 +238,10 @@ class Tracker:
         metrics: Mapping[str, float] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Close a run with its final numbers."""
+        """Close a run with its final numbers; its tag ``state`` says how it ended, unless ``tags`` does."""
         finite = {metric_name(name): float(value) for name, value in (metrics or {}).items() if np.isfinite(value)}
-        texts = {key: redact(str(value)) for key, value in (tags or {}).items()}
+        state = {"FINISHED": "complete", "FAILED": "failed", "KILLED": "stopped"}[status]
+        texts = {"state": state} | {key: redact(str(value)) for key, value in (tags or {}).items()}
         self._delivery.submit("end", run.key, status=status, metrics=finite, tags=texts, time=_now())
 
     def register(

@@ -23,10 +23,12 @@ from mlflow import MlflowClient  # noqa: E402
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID  # noqa: E402
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE as NOTE_TAG  # noqa: E402
 
 __all__ = ["MlflowClient", "MlflowException", "RunStore"]
 
 KEY_TAG = "orchestrate.key"
+NOTE_DIGEST_TAG = "orchestrate.note"
 MODEL_DIGEST_TAG = "orchestrate.digest"
 PARAMS_PER_CALL = 100  # MLflow's limits
 METRICS_PER_CALL = 1000
@@ -65,6 +67,9 @@ class RunStore:
         if operation["do"] == "run":
             self._run(key, again, **values)
             return None
+        if operation["do"] == "describe":
+            self._describe(key, **values)
+            return None
         run_id = self.ids[key] if key in self.ids else self._found(key)
         again = again or key not in self._made_here
         if operation["do"] == "register":
@@ -73,6 +78,7 @@ class RunStore:
             "metrics": self._metrics,
             "files": self._files,
             "data": self._data,
+            "best": self._best,
             "end": self._end,
         }
         actions[operation["do"]](run_id, again, **values)
@@ -150,6 +156,24 @@ class RunStore:
             self.client.log_batch(run_id, metrics=new, tags=[RunTag(k, v[:TAG_LENGTH]) for k, v in tags.items()])
         self.client.set_terminated(run_id, status, time)
 
+    def _describe(self, key: str, text: str) -> None:
+        if not key:
+            for name, value in _note(self.client.get_experiment(self.experiment_id).tags, text).items():
+                self.client.set_experiment_tag(self.experiment_id, name, value)
+            return
+        run_id = self.ids[key] if key in self.ids else self._found(key)
+        tags = _note(self.client.get_run(run_id).data.tags, text)
+        self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def _best(self, study_id: str, again: bool, trial: str) -> None:
+        # Chosen first: a crash between the two leaves two, which the next run of the study mends, never none.
+        best = self.ids[trial] if trial in self.ids else self._found(trial)
+        self.client.set_tag(best, "best", "true")
+        others = f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{study_id}' AND tags.best = 'true'"
+        for run in self.client.search_runs([self.experiment_id], others):
+            if run.info.run_id != best:
+                self.client.set_tag(run.info.run_id, "best", "false")
+
     def _register(self, run_id: str, directory: str, name: str, alias: str, tags: Mapping[str, str]) -> str:
         files = sorted(path for path in Path(directory).glob("*") if path.is_file())
         if not files:
@@ -174,3 +198,12 @@ class RunStore:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+
+
+def _note(tags: Mapping[str, str], text: str) -> dict[str, str]:
+    """Tags that describe a run or an experiment; none where a person has changed the description that we wrote."""
+    there = tags.get(NOTE_TAG, "")
+    if there and hashlib.sha256(there.encode()).hexdigest() != tags.get(NOTE_DIGEST_TAG):
+        return {}
+    text = text[:TAG_LENGTH]
+    return {NOTE_TAG: text, NOTE_DIGEST_TAG: hashlib.sha256(text.encode()).hexdigest()}

@@ -67,24 +67,30 @@ def ui_url(
     *,
     search: str | None = None,
     order_by: str | None = None,
+    ascending: bool = False,
     run_id: str | None = None,
+    charts: bool = False,
 ) -> str:
     """The page of an experiment or a run, in MLflow's classic view rather than the one for language models.
 
     Args:
-        base: the port on this machine, or the address of a server.
+        base: the port on this machine, or the address of a server; empty for a link on MLflow's own pages.
         experiment_id: MLflow's number of the experiment.
         search: a filter, such as ``tags.level = 'trial'``.
-        order_by: a column, such as ``metrics.objective``; best first.
+        order_by: a column, such as ``metrics.objective``; the largest first.
+        ascending: the smallest first.
         run_id: a single run's page.
+        charts: the runs' charts rather than their list.
     """
     root = f"http://127.0.0.1:{base}" if isinstance(base, int) else redact(base).rstrip("/")
-    path = f"{root}/#/experiments/{experiment_id}/runs"
-    if run_id is not None:
-        return f"{path}/{run_id}"
+    path = f"{root}{'/' if root else ''}#/experiments/{experiment_id}/runs"
     query = {"workflowType": "machine_learning"}
+    if run_id is not None:
+        path = f"{path}/{run_id}"
+    if charts:
+        query["compareRunsMode"] = "CHART"
     if search:
         query["searchFilter"] = search
     if order_by:
-        query |= {"orderByKey": order_by, "orderByAsc": "false"}
+        query |= {"orderByKey": order_by, "orderByAsc": "true" if ascending else "false"}
     return f"{path}?{urlencode(query, quote_via=quote)}"

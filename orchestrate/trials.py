@@ -144,8 +144,7 @@ class Watcher(Callback):
                 self.recorder.order_done(one, heatmap=self.heatmaps)
         if self.searcher is not None:
             statuses: dict[str, RunStatus] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-            tags = {"state": state} | ({"reason": reason} if reason else {})
-            self.recorder.trial_done(name, statuses[state], metrics, tags)
+            self.recorder.trial_done(name, statuses[state], metrics, {"reason": reason} if reason else {})
 
     @property
     def _objectives(self) -> list[str]:

@@ -14,6 +14,7 @@ from ray.tune.experiment import Trial
 
 from loda.errors import ConfigError, StageError
 from orchestrate.evaluation import is_stored, walk_here
+from orchestrate.pages import report_pages
 from orchestrate.progress import StudyProgress
 from orchestrate.recorder import Recorder
 from orchestrate.results import OrderResult, metric_block, read_order
@@ -116,7 +117,8 @@ def _walk_all(
     with StudyProgress(f"{session.study.name}: robustness", total, quiet) as progress:
         watcher = _VariantWatcher(cells, session, works, progress, recorder, counts, None, workers)
         for cell in cells:
-            tags = {"phase": "robustness", "orchestrate.variant": cell.variant, "orchestrate.seed": str(cell.seed)}
+            tags = {"phase": "robustness", "method": cell.study.method.name}
+            tags |= {"variant": cell.variant, "seed": str(cell.seed)}
             recorder.trial(cell.name, cell.settings, tags)
         if workers is not None:
             run_trials(session, [cell.settings for cell in cells], orders, watcher, "robustness")
@@ -245,4 +247,4 @@ def _record_ends(
         for key in ("a_last", "a_avg")
         if block[key]["mean"] is not None
     }
-    recorder.finish(metrics, files, None)
+    recorder.finish(metrics, files, None, values, report_pages(session, None))

@@ -96,8 +96,8 @@ def _interruptible() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """The command as a user's shell starts it, in a folder."""
+def start(folder: Path, *words: str, group: bool = False) -> subprocess.Popen[str]:
+    """The command as a user's shell starts it, in a folder; ``group``: a process group of its own, for a Ctrl-C."""
     return subprocess.Popen(
         [*COMMAND, *words],
         cwd=folder,
@@ -106,6 +106,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=_interruptible,
+        start_new_session=group,
     )
 
 

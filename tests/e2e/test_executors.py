@@ -99,7 +99,8 @@ def test_mlflow_has_study_trial_and_order_runs(trained: Swept) -> None:
     experiment = client.get_experiment_by_name(trained.name)
     assert experiment is not None
     assert trained.values["mlflow"] == {"uri": uri, "experiment_id": experiment.experiment_id}
-    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    found = client.search_runs([experiment.experiment_id])
+    runs = {run.data.tags.get("order", run.info.run_name): run for run in found}
     parents = {name: run.data.tags.get("mlflow.parentRunId") for name, run in runs.items()}
     ids = {run.info.run_id: name for name, run in runs.items()}
     above = {name: ids.get(parent) if parent else None for name, parent in parents.items()}
@@ -114,6 +115,7 @@ def test_mlflow_has_study_trial_and_order_runs(trained: Swept) -> None:
     }
     assert Counter(run.info.status for run in runs.values()) == {"FINISHED": len(runs)}
     for name in orders:
+        assert runs[name].info.run_name == f"{name} (chosen)"
         assert runs[name].data.metrics["a_last"] == pytest.approx(trained.values["a_last"]["per_order"][name])
         assert runs[name].data.tags["state_digest"] == trained.values["state_digests"][name]
         steps = [entry.step for entry in client.get_metric_history(runs[name].info.run_id, "accuracy_seen")]
