@@ -1,10 +1,10 @@
-"""What commands make of their arguments. Heavy imports wait until a command needs them."""
+"""The command line's frame: the application, arguments that commands share, and what is made of them."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,28 @@ from loda.errors import ConfigError
 
 if TYPE_CHECKING:
     from orchestrate.study import Study
+
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="LoRA studies for continual learning: sweeps over settings and task orders on Ray, Optuna and MLflow.",
+)
+StudyArgument = Annotated[
+    str | None, typer.Argument(help="A study file, or a bundled study's name. Default: alphabets.")
+]
+NameArgument = Annotated[str | None, typer.Argument(help="A study that was run (its name, file or folder).")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout; everything else goes to stderr.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Replace a setting: -s training.lr=0.1. May be repeated.", metavar="KEY=VALUE"),
+]
+NoSharing = Annotated[
+    bool,
+    typer.Option("--no-sharing", help="Every order of every setting computes all of its own steps; same results."),
+]
 
 
 def load_changed(source: str | None, changes: list[str] | None, no_sharing: bool = False) -> Study:

@@ -70,7 +70,7 @@ class Recorder:
         self._own_tags: dict[str, dict[str, str]] = {}
 
     def trial(self, trial: str, settings: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> TrackedRun:
-        """The trial's run, made at its first mention; ``tags`` add to, or replace, what all its runs are filtered by."""
+        """The trial's run, made at its first mention; ``tags`` add to what all its runs are filtered by."""
         if trial not in self._trials:
             self._own_tags[trial] = self._tags(trial) | dict(tags or {})
             self._trials[trial] = self.tracker.trial_run(trial, settings, self._own_tags[trial])

@@ -120,15 +120,15 @@ def test_the_same_command_computes_nothing_and_repeats_the_numbers(
 def test_mlflow_has_study_variant_and_order_runs(folder: Path, values: dict[str, Any]) -> None:
     uri = values["mlflow"]["uri"]
     runs = MlflowClient(uri, uri).search_runs([values["mlflow"]["experiment_id"]])
-    levels = [run.data.tags["orchestrate.level"] for run in runs]
+    levels = [run.data.tags["level"] for run in runs]
     assert (levels.count("study"), levels.count("trial"), levels.count("order")) == (1, 4, 12)
     assert {run.info.status for run in runs} == {"FINISHED"}
     by_id = {run.info.run_id: run for run in runs}
     for run in runs:
-        if run.data.tags["orchestrate.level"] == "order":
+        if run.data.tags["level"] == "order":
             trial = by_id[run.data.tags["mlflow.parentRunId"]]
             assert trial.data.tags["phase"] == "robustness"
-            variant, seed = trial.data.tags["orchestrate.variant"], int(trial.data.tags["orchestrate.seed"])
+            variant, seed = trial.data.tags["variant"], int(trial.data.tags["seed"])
             assert trial.data.params["training.seed"] == str(seed)
             assert variant in values["variants"]
 
