@@ -118,7 +118,8 @@ def export_study(folder: Path, directory: Path, order: str | None) -> dict[str, 
 
 def experiment_of(study: str | None, store_uri: str) -> str | None:
     """MLflow's experiment id of a study that was run; None: the newest run's, or none at all."""
-    summaries = sorted(Path("runs").glob("*/summary.json"), key=lambda file: file.stat().st_mtime)
+    documents = [file for name in ("summary", "robustness") for file in Path("runs").glob(f"*/{name}.json")]
+    summaries = sorted(documents, key=lambda file: file.stat().st_mtime)
     chosen = [file for file in summaries if study in (None, file.parent.name)]
     if study is not None and not chosen:
         raise ConfigError(f"--study: no finished study {study!r} in runs/")

@@ -114,6 +114,7 @@ def test_the_same_command_computes_nothing_and_repeats_the_numbers(
     (row,) = command(again, "list", "--json").values["runs"]
     assert (row["state"], row["a_last"]) == ("finished (robustness)", mean)
     assert "loda minus" in command(again, "show", "tiny").out
+    assert f"experiments/{found['mlflow']['experiment_id']}" in command(again, "ui", "--dry-run").err
     assert all(text in shown for text in ("loda minus", "frozen", f"{mean:.2f}", "computed, 36 reused"))
 
 
