@@ -78,19 +78,18 @@ def resume(study: NameArgument = None, as_json: Json = False) -> None:
     """
     from orchestrate import show
     from orchestrate import sweep as sweeping
-    from orchestrate.session import read_run_study
+    from orchestrate.session import read_command, read_run_study
 
     folder = _run_folder(study)
     found = read_run_study(folder)
-    searched = (folder / "optuna.db").is_file()
-    robust = not searched and not (folder / "summary.json").is_file() and (folder / "robustness.json").is_file()
+    command = read_command(folder)
     with _stdout_is_ours():
-        if robust:
+        if command == "robustness":
             from orchestrate.robustness.running import run_robustness
 
             outcome = run_robustness(found)
         else:
-            outcome = sweeping.sweep(found) if searched else sweeping.run_study(found)
+            outcome = sweeping.sweep(found) if command == "sweep" else sweeping.run_study(found)
     _print(outcome.values) if as_json else show.result(outcome.values)
 
 

@@ -167,8 +167,11 @@ def stream_record(session: Session) -> dict[str, Any]:
     return {"data_digest": session.bench.dataset.digest, "orders": orders}
 
 
-def claim_folder(session: Session) -> None:
+def claim_folder(session: Session, command: str) -> None:
     """Create ``runs/<study>/`` with the study file, or find it there, unchanged.
+
+    Args:
+        command: ``run``, ``sweep`` or ``robustness``: what `orchestrate resume` goes on with.
 
     Raises:
         ConfigError: the name is taken by a different study (the differences are listed), or the folder or the store
@@ -188,6 +191,7 @@ def claim_folder(session: Session) -> None:
     session.store.check_writable()
     try:
         session.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(session.folder / "command", command)
         write_atomic(session.folder / "stream.json", json.dumps(stream_record(session), indent=1))
         write_atomic(file, session.study.to_yaml())
         seeds = {"partition_seed": session.study.stream.partition_seed, "training_seed": session.study.training.seed}
@@ -211,6 +215,14 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
             continue  # a folder that moved; Optuna's storage refuses other ranges itself
         elif before != after:
             yield f"{path}: {before!r} before, {after!r} now"
+
+
+def read_command(folder: Path) -> str:
+    """Which command worked on a run folder last."""
+    file = folder / "command"
+    if file.is_file():
+        return file.read_text(encoding="utf-8").strip()
+    return "sweep" if (folder / "optuna.db").is_file() else "run"  # a folder of an older version
 
 
 def read_run_study(folder: Path) -> Study:

@@ -59,7 +59,7 @@ def run_study(study: Study, *, local: bool = False, quiet: bool = False) -> Outc
     session = open_session(study, search=False)
     if local and study.resources.workers > 1:
         raise ConfigError("resources.workers: --local walks in one process; set workers to 1")
-    claim_folder(session)
+    claim_folder(session, "run")
     counts = StageCounts()
     with contextlib.ExitStack() as stack:
         here = local or is_stored(session, {})
@@ -134,7 +134,7 @@ def sweep(study: Study, *, quiet: bool = False) -> Outcome:
     started = time.perf_counter()
     session = open_session(study, search=True)
     assert session.space is not None
-    claim_folder(session)
+    claim_folder(session, "sweep")
     counts = StageCounts()
     searcher = StudySearcher(session.study, session.space, session.folder / "optuna.db")
     with contextlib.ExitStack() as stack:

@@ -66,7 +66,7 @@ def run_robustness(study: Study, *, local: bool = False, stored: bool = False, q
     cells = make_cells(session)
     if local and study.resources.workers > 1:
         raise ConfigError("resources.workers: --local walks in one process; set workers to 1")
-    claim_folder(session)
+    claim_folder(session, "robustness")
     counts = StageCounts()
     if stored:
         return Outcome(session, _write(session, cells, _results(session, cells), counts, started, {}))

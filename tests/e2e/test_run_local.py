@@ -112,6 +112,22 @@ def test_a_second_run_computes_nothing(finished: Finished, tmp_path: Path) -> No
         assert again[key] == finished.values[key], key
 
 
+def test_resume_goes_on_with_the_command_that_was_interrupted(
+    finished: Finished, tmp_path: Path, command: InProcess
+) -> None:
+    folder = finished.copy(tmp_path / "interrupted")
+    (folder / "runs" / "tiny" / "summary.json").unlink()
+    values = command(folder, "resume", "tiny", "--json").values
+    assert values["steps_run"] == 0
+    assert values["state_digests"] == finished.values["state_digests"]
+    assert (folder / "runs" / "tiny" / "summary.json").is_file()
+    command(folder, "robustness", "study.yaml", "-s", "name=compared", "--local", "--json")
+    (folder / "runs" / "compared" / "robustness.json").unlink()
+    again = command(folder, "resume", "compared", "--json").values
+    assert again["steps_run"] == 0
+    assert set(again["spread"]) == {"loda"}
+
+
 def _flip(folder: Path, step: str, position: int) -> str:
     """Flip one bit in the middle of a stored step's tensors; returns the step's key."""
     timings = pd.read_parquet(folder / "runs" / "tiny" / "timings.parquet")
