@@ -79,17 +79,19 @@ class RacingSettings(Section):
 class ResourceSettings(Section):
     """Where and how the stages run; no result depends on it but through ``workers`` (rounding of sums)."""
 
-    executor: Literal["train", "inline"] = Field("train", description="a Ray Train worker group a trial, or inline")
+    executor: Literal["train", "inline"] = Field(
+        "train", description="Ray Train worker groups that walk orders, or inline"
+    )
     workers: PositiveInt = Field(1, description="data-parallel workers of a trial")
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: NonNegativeFloat = 0
-    concurrent_trials: PositiveInt = 2
+    concurrent_trials: PositiveInt = Field(2, description="trials at a time, and worker groups")
     address: str | None = Field(None, description="a running Ray cluster; null: one is started on this machine")
     object_store_mb: PositiveInt = Field(200, description="Ray's shared memory when started here")
     store: str = Field("stages", description="folder or URI (s3://...) of finished stages, shared by studies")
     runs: str = Field("runs", description="folder for results, one sub-folder a study")
     sharing: bool = Field(True, description="false: every order of every setting computes all of its own steps")
-    max_failures: NonNegativeInt = Field(1, description="how often a trial's crashed workers are started again")
+    max_failures: NonNegativeInt = Field(1, description="how often workers that died over an order start again")
 
 
 class TrackingSettings(Section):

@@ -56,7 +56,7 @@ def _private(node: StepNode, own: str) -> StepNode:
 
 @dataclass(frozen=True)
 class WorkList:
-    """All orders of one setting; one worker group walks them, stage after stage."""
+    """Orders of one setting, walked stage after stage."""
 
     settings: dict[str, Any]  # key path -> value, on top of the study file
     orders: tuple[OrderWork, ...]
