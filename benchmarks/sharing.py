@@ -71,7 +71,7 @@ class Walks:
         final = run_work(payload, report, WorkerGroup())
         self.seconds += time.perf_counter() - started
         self.cpu_seconds += time.process_time() - cpu_started
-        self.digests |= {name: order["state_digest"] for name, order in final["orders"].items()}
+        self.digests |= {order["name"]: order["state_digest"] for order in final["orders"]}
 
 
 def measure(study: Study, roots: int, continuations: int, depth: int, folder: Path) -> dict[str, Any]:
