@@ -37,6 +37,8 @@ SMALL: dict[str, Any] = {
     "energy_features": 0.6,
     "energy": 0.7,
     "frequencies": 200,
+    "generator_steps": 20,
+    "latent": 8,
 }
 # What is merged isn't what was trained, by the method's own rule: recalibrated, averaged, or shortened.
 CHANGED_BY_MERGING = {"loda", "slao", "lora_pm"}
@@ -334,7 +336,7 @@ def test_ranks_beyond_the_width_are_problems_before_any_work(name: str, tiny_set
 @pytest.mark.parametrize("name", METHODS)
 def test_the_largest_rank_that_is_allowed_runs(name: str, tiny_settings: SettingsFactory) -> None:
     ranks = {key: 32 for key in RANKS if key in registry()[name].Settings.model_fields}
-    result = run_sequence(_settings(tiny_settings, {"name": name, **ranks}))
+    result = run_sequence(_settings(tiny_settings, {**_values(name), **ranks}))
     assert 0 <= result.summary.a_last <= 100
 
 
