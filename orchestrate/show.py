@@ -53,11 +53,14 @@ def _common(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _places(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    from loda.methods import registry
+
     version = values.get("model_version")
     registered = f" (registered as {values['study']}-merged, version {version})" if version else ""
+    refusal = registry()[values["method"]].export_refusal
     return [
         ("results", values["results"]),
-        ("merged model", f"orchestrate export {values['study']} DIR{registered}"),
+        ("merged model", f"none: {refusal}" if refusal else f"orchestrate export {values['study']} DIR{registered}"),
         ("MLflow page", "orchestrate ui"),
     ]
 
