@@ -324,6 +324,19 @@ def test_the_largest_rank_that_is_allowed_runs(name: str, tiny_settings: Setting
     assert 0 <= result.summary.a_last <= 100
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if registry()[name].mergeable])
+def test_classifier_alignment_works_with_every_method_that_keeps_one_backbone(
+    name: str, tiny_settings: SettingsFactory
+) -> None:
+    heads = []
+    for alignment in (False, True):
+        head = {"alignment": alignment, "alignment_epochs": 1, "alignment_samples": 16}
+        result = run_sequence(_settings(tiny_settings, small_values(name), head=head))
+        assert 0 <= result.summary.a_last <= 100
+        heads.append(result.state.tensors["head"])
+    assert torch.equal(*heads) is registry()[name].joint  # it begins with the second task
+
+
 @pytest.mark.parametrize("name", [name for name in METHODS if registry()[name].trains])
 def test_training_lowers_the_loss(name: str, tiny_settings: SettingsFactory) -> None:
     settings = tiny_settings(stream={"tasks": 2}, method=small_values(name), training={"epochs": 8, "lr": 0.02})
