@@ -67,6 +67,7 @@ class Backbone:
         self.attached: dict[str, BranchedLinear] = {}
         self.shared = nn.ModuleDict()  # what a method attaches once for all layers, such as gates
         self.tasks_B: Tensor | None = None  # of the images that are passing, where a method knows them
+        self.route: Callable[[Tensor], None] | None = None  # called first: decides image by image what is at work
         self._hooks: list[RemovableHandle] = []
         self.layers_by_width: dict[int, tuple[str, ...]] = {}
         for name in self.layers:
@@ -100,6 +101,8 @@ class Backbone:
     def features(self, images_BCHW: Tensor, tasks_B: Tensor | None = None) -> Tensor:
         """(B, D) features after the final norm, of normalised images; ``tasks_B`` is for methods that need the id."""
         self.tasks_B = tasks_B
+        if self.route is not None:
+            self.route(images_BCHW)
         return self.model(images_BCHW)
 
     def load_merges(self, merges: Sequence[Mapping[str, Tensor]]) -> None:
@@ -125,6 +128,7 @@ class Backbone:
         detach(self.model, self.attached)
         self.attached = {}
         self.shared = nn.ModuleDict()
+        self.route = None
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

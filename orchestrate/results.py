@@ -15,6 +15,7 @@ from scipy import stats
 from loda.graph import StepNode
 from loda.methods import build_method
 from loda.run import SequenceResult, summarise
+from loda.workbench import memory_bytes
 from orchestrate.session import Session, write_atomic
 from orchestrate.work import OrderWork, StageCounts
 
@@ -137,6 +138,7 @@ def document(session: Session, results: Sequence[OrderResult], counts: StageCoun
             one.work.name: [[None if math.isnan(x) else x for x in row] for row in one.result.accuracy_matrix.tolist()]
             for one in results
         },
+        "memory_bytes": {one.work.name: memory_bytes(one.result.state) for one in results},
         "state_digests": {one.work.name: one.result.state_digest for one in results},
         **{key: value for key, value in counts.to_dict().items() if key != "stage_seconds"},
         "stage_seconds": counts.stage_seconds,

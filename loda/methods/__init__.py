@@ -14,6 +14,7 @@ from loda.methods.bilora import BiLora
 from loda.methods.coso import Coso
 from loda.methods.expert_pool import ExpertPool
 from loda.methods.gainlora import GainLora
+from loda.methods.icmlora import IcmLora
 from loda.methods.inflora import InfLora
 from loda.methods.joint import Joint
 from loda.methods.keeplora import KeepLora
@@ -50,6 +51,7 @@ BUILT_IN: tuple[type[Method], ...] = (
     MtlLora,
     ThanoRa,
     BiLora,
+    IcmLora,
 )
 
 

@@ -56,6 +56,7 @@ class Coso(Method):
     source = "Cheng et al. 2025, NeurIPS, CoSO (arXiv 2505.11816)"
     Settings = CosoSettings
     memory_growth: ClassVar[Literal["constant", "bounded", "linear"]] = "bounded"
+    # The low ends of the published ranges, 15 to 70 and 1 to 20, which differ by benchmark.
     published: ClassVar[Mapping[str, Any]] = {"method.rank": 15, "method.refresh": 1, "method.energy": 0.98}
 
     settings: CosoSettings

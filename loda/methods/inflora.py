@@ -48,7 +48,6 @@ class InfLora(Method):
         "training.optimizer": "adam",
         "training.lr": 5e-4,
         "training.batch_size": 128,
-        "training.weight_decay": 0.0,
     }
 
     settings: InfLoraSettings

@@ -66,20 +66,20 @@ class LoraPm(PairMethod):
 
     def finish_training(self, model: Backbone, observation: Observation) -> dict[str, Tensor]:
         assert observation.gradients is not None
-        return observation.gradients.squared()
+        return {name: squares_OD.float() for name, squares_OD in observation.gradients.squared().items()}
 
     def merged(self, model: Backbone, observation: Observation, adapted: LayerMoments | None) -> dict[str, Tensor]:
         numerator = denominator = 0.0
         for name, branched in model.attached.items():
             base_OD = (branched.base.weight.detach() - model.original[name]).double()
             change_OD = branched.branches["lora"].delta().detach().double()
-            fisher_OD = self.trained[name]
+            fisher_OD = self.trained[name].double()
             total_OD = fisher_OD + self.sums.get(f"{name}.fisher", torch.zeros_like(fisher_OD))
             weighted_OD = fisher_OD * (base_OD + change_OD)
             weighted_OD += self.sums.get(f"{name}.weighted", torch.zeros_like(fisher_OD))
             numerator += float(((total_OD * base_OD - weighted_OD) * change_OD).sum())
             denominator += float((total_OD * change_OD.square()).sum())
-            self.sums |= {f"{name}.fisher": total_OD, f"{name}.weighted": weighted_OD}
+            self.sums |= {f"{name}.fisher": total_OD.float(), f"{name}.weighted": weighted_OD.float()}
         step = 1.0 if observation.position == 0 else merge_step(numerator, denominator)
         self.facts["merge_step"] = step
         factors = super().merged(model, observation, adapted)

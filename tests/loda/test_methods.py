@@ -37,6 +37,8 @@ SMALL: dict[str, Any] = {
     "energy_features": 0.6,
     "energy": 0.7,
     "frequencies": 200,
+    "generator_steps": 20,
+    "latent": 8,
 }
 # What is merged isn't what was trained, by the method's own rule: recalibrated, averaged, or shortened.
 CHANGED_BY_MERGING = {"loda", "slao", "lora_pm"}
@@ -65,7 +67,8 @@ BESIDE: dict[str, dict[str, Any]] = {
 }
 
 
-def _values(name: str) -> dict[str, Any]:
+def small_values(name: str) -> dict[str, Any]:
+    """A method's settings for layers of width 32 and a handful of images."""
     fields = registry()[name].Settings.model_fields
     return {"name": name} | {key: value for key, value in SMALL.items() if key in fields}
 
@@ -111,9 +114,9 @@ MUTATIONS = [
 def test_a_setting_changes_keys_and_a_key_that_stays_keeps_its_bits(
     name: str, section: str, key: str, tiny_settings: SettingsFactory
 ) -> None:
-    plain_values = _values(name) if section == "method" else {}
+    plain_values = small_values(name) if section == "method" else {}
     plain_values = {**plain_values, **BESIDE.get(key, {})}
-    base = {"method": _values(name)}
+    base = {"method": small_values(name)}
     plain = _settings(tiny_settings, **{**base, section: plain_values})
     other = _other_value(getattr(plain, section), key)
     changed = _settings(tiny_settings, **{**base, section: {**plain_values, key: other}})
@@ -132,7 +135,9 @@ Trained = tuple[Workbench, list[StepNode], dict[str, Artifact]]
 @pytest.fixture(scope="module", params=METHODS)
 def trained(request: pytest.FixtureRequest, tiny_settings: SettingsFactory) -> Trained:
     """Two tasks of each method, on layers of several shapes."""
-    settings = _settings(tiny_settings, _values(request.param), backbone={"target": ["attn.qkv", "mlp.fc1", "mlp.fc2"]})
+    settings = _settings(
+        tiny_settings, small_values(request.param), backbone={"target": ["attn.qkv", "mlp.fc1", "mlp.fc2"]}
+    )
     bench = open_workbench(settings)
     nodes = sequence_nodes(bench, settings, ORDER, "test")
     artifacts: dict[str, Artifact] = {}
@@ -285,7 +290,7 @@ def test_the_model_at_rest_gives_the_recorded_class_means(trained: Trained) -> N
 
 @pytest.mark.parametrize("name", METHODS)
 def test_branches_change_nothing_before_the_first_step(name: str, tiny_settings: SettingsFactory) -> None:
-    bench = open_workbench(_settings(tiny_settings, _values(name)))
+    bench = open_workbench(_settings(tiny_settings, small_values(name)))
     images = bench.images(bench.splits["train"])
     features_ND, moments = bench.pass_over(images, record_moments=True)
     assert moments is not None
@@ -334,13 +339,26 @@ def test_ranks_beyond_the_width_are_problems_before_any_work(name: str, tiny_set
 @pytest.mark.parametrize("name", METHODS)
 def test_the_largest_rank_that_is_allowed_runs(name: str, tiny_settings: SettingsFactory) -> None:
     ranks = {key: 32 for key in RANKS if key in registry()[name].Settings.model_fields}
-    result = run_sequence(_settings(tiny_settings, {"name": name, **ranks}))
+    result = run_sequence(_settings(tiny_settings, {**small_values(name), **ranks}))
     assert 0 <= result.summary.a_last <= 100
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if registry()[name].mergeable])
+def test_classifier_alignment_works_with_every_method_that_keeps_one_backbone(
+    name: str, tiny_settings: SettingsFactory
+) -> None:
+    heads = []
+    for alignment in (False, True):
+        head = {"alignment": alignment, "alignment_epochs": 1, "alignment_samples": 16}
+        result = run_sequence(_settings(tiny_settings, small_values(name), head=head))
+        assert 0 <= result.summary.a_last <= 100
+        heads.append(result.state.tensors["head"])
+    assert torch.equal(*heads) is registry()[name].joint  # it begins with the second task
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if registry()[name].trains])
 def test_training_lowers_the_loss(name: str, tiny_settings: SettingsFactory) -> None:
-    settings = tiny_settings(stream={"tasks": 2}, method=_values(name), training={"epochs": 8, "lr": 0.02})
+    settings = tiny_settings(stream={"tasks": 2}, method=small_values(name), training={"epochs": 8, "lr": 0.02})
     losses = []
     run_sequence(settings, on_step=lambda node, a: losses.append(a.meta["losses"]) if node.step == "adapt" else None)
     assert losses and all(loss[-1] < 0.8 * loss[0] for loss in losses), losses
