@@ -44,7 +44,6 @@ TEXTS = {
     "search.objective.across_orders": "how the orders' scores become one",
     "resources.cpus_per_worker": "CPUs that Ray sets aside for a worker",
     "resources.gpus_per_worker": "GPUs that Ray sets aside for a worker; fractions share one",
-    "resources.concurrent_trials": "trials at a time",
     "tracking.register_model": "register the chosen setting's merged model",
     "method.name": "which method",
     "method.rank_general": "directions of the general branch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -66,6 +67,11 @@ def _run_folder(name: str | None) -> Path:
     return Path("runs") / given.name
 
 
+def _stdout_is_ours() -> contextlib.AbstractContextManager[Any]:
+    """While a study runs, what Ray and others print goes to stderr: stdout is for the result."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
 def _print(values: Any) -> None:
     typer.echo(json.dumps(values, indent=1, default=str))
 
@@ -81,7 +87,8 @@ def sweep(study: StudyArgument = None, set_: Set = None, as_json: Json = False) 
     from orchestrate import show
     from orchestrate import sweep as sweeping
 
-    outcome = sweeping.sweep(_load(study, set_), quiet=False)
+    with _stdout_is_ours():
+        outcome = sweeping.sweep(_load(study, set_), quiet=False)
     _print(outcome.values) if as_json else show.sweep(outcome.values)
 
 
@@ -99,7 +106,8 @@ def run(
     from orchestrate import show
     from orchestrate import sweep as sweeping
 
-    outcome = sweeping.run_study(_load(study, set_), local=local)
+    with _stdout_is_ours():
+        outcome = sweeping.run_study(_load(study, set_), local=local)
     _print(outcome.values) if as_json else show.run(outcome.values)
 
 
@@ -128,12 +136,13 @@ def resume(study: NameArgument = None, as_json: Json = False) -> None:
 
     folder = _run_folder(study)
     found = read_run_study(folder)
-    if (folder / "optuna.db").is_file():
-        outcome = sweeping.sweep(found)
-        _print(outcome.values) if as_json else show.sweep(outcome.values)
+    searched = (folder / "optuna.db").is_file()
+    with _stdout_is_ours():
+        outcome = sweeping.sweep(found) if searched else sweeping.run_study(found)
+    if as_json:
+        _print(outcome.values)
     else:
-        outcome = sweeping.run_study(found)
-        _print(outcome.values) if as_json else show.run(outcome.values)
+        show.sweep(outcome.values) if searched else show.run(outcome.values)
 
 
 @app.command("list")

@@ -66,6 +66,7 @@ class Recorder:
         self._trials: dict[str, TrackedRun] = {}
         self._orders: dict[tuple[str, str], TrackedRun] = {}
         self._evaluations: dict[tuple[str, str], list[StoredStep]] = {}
+        self._done: set[tuple[str, str]] = set()
 
     def trial(self, trial: str, settings: Mapping[str, Any]) -> TrackedRun:
         """The trial's run, made at its first mention."""
@@ -108,6 +109,7 @@ class Recorder:
         run = self._orders.get((one.trial, one.work.name))
         if run is None:
             return
+        self._done.add((one.trial, one.work.name))
         matrix = one.result.accuracy_matrix
         if matrix.shape[0] == matrix.shape[1]:
             self.tracker.log_matrix(run, matrix, one.work.order, self.session.task_names, heatmap=heatmap)
@@ -122,8 +124,8 @@ class Recorder:
         run = self._trials.get(trial)
         if run is not None:
             if status != "FINISHED":
-                for (owner, _), order_run in self._orders.items():
-                    if owner == trial:
+                for key, order_run in self._orders.items():
+                    if key[0] == trial and key not in self._done:
                         self.tracker.end(order_run, status)
             self.tracker.end(run, status, metrics=dict(metrics), tags=dict(tags))
 

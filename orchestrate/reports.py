@@ -24,6 +24,8 @@ class TrialLedger:
         self.settings = cast(Any, SimpleNamespace(**objective))
         self.orders = tuple(orders)
         self.outcomes: dict[str, dict[str, Any]] = {}
+        self._stages: set[tuple[str, int]] = set()
+        self._curve: dict[int, Mapping[str, float]] = {}  # of the first order, by position
         self._names: tuple[str, ...] = tuple(objective["multi"] or (SINGLE,))
 
     @property
@@ -37,10 +39,26 @@ class TrialLedger:
 
     def progress(self, events: Events) -> dict[str, Any]:
         """A report on the way: stages just finished, and the objectives over the orders that are through."""
+        for event in events:
+            self._stages.add((event["order"], event["position"]))
+            if event["order"] == self.orders[0]:
+                self._curve[event["position"]] = event["accuracy"]
         values: Mapping[str, Any] = dict.fromkeys(self._names)
         if self.outcomes:
             values = self._objectives()
-        return {"finished": False, "events": list(events), "orders": self._orders()} | dict(values)
+        # No mapping inside: Tune flattens those before it shows a report to searcher and scheduler.
+        report = {"finished": False, "events": list(events), "orders": self._orders()}
+        report |= {"stages_done": len(self._stages), "first_order_tasks": len(self._curve)}
+        return report | {"first_order_so_far": self._so_far()} | dict(values)
+
+    def _so_far(self) -> float | None:
+        """The metric of the first order over the tasks that it has behind it."""
+        if not self._curve:
+            return None
+        metric = self.settings.metric
+        if metric == "a_avg":
+            return sum(point["a_last"] for point in self._curve.values()) / len(self._curve)
+        return self._curve[max(self._curve)][metric]
 
     def final(self) -> dict[str, Any]:
         """The last report. It rests on stored results alone, so it can always be repeated.
@@ -62,13 +80,14 @@ class TrialLedger:
         seconds = [outcome["seconds"] for outcome in through]
         return objective_values([outcome["summary"] for outcome in through], seconds, self.settings)
 
-    def _orders(self) -> dict[str, dict[str, Any]]:
+    def _orders(self) -> list[dict[str, Any]]:
         kept = ("a_last", "a_last_macro", "a_avg", "forgetting")
-        return {
-            name: {
+        return [
+            {
+                "name": name,
                 "order": outcome["order"],
                 "state_digest": outcome["state_digest"],
                 **{key: outcome["summary"][key] for key in kept},
             }
             for name, outcome in self._through()
-        }
+        ]

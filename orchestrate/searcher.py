@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 FINISHED = "finished"  # a trial's last report holds it as true; what ends without it was stopped on the way
 RUN_ID = "mlflow_run_id"
+ORDERS = "orders"  # a report's figures of each order; kept, so that a race can go on
+STOPPED = "stopped"  # why a trial was stopped
 TRIAL_ID = "trial_id"
 
 
@@ -160,6 +162,18 @@ class StudySearcher(OptunaSearch):
             self._numbers[trial_id] = trial.number
         return {"settings": self._frozen(self._numbers[trial_id]).user_attrs["settings"]}
 
+    def trial_name(self, trial_id: str) -> str:
+        """What a Tune trial is called everywhere."""
+        return f"trial-{self._numbers[trial_id]:04d}"
+
+    def finished_orders(self, metric: str) -> dict[str, dict[str, float]]:
+        """The metric of each order of the settings that finished all of theirs, by trial name."""
+        return {
+            f"trial-{trial.number:04d}": {row["name"]: row[metric] for row in trial.user_attrs.get(ORDERS, [])}
+            for trial in self._trials()
+            if trial.state == TrialState.COMPLETE
+        }
+
     def _frozen(self, number: int) -> FrozenTrial:
         return self._storage.get_trial(self._storage_id(number))
 
@@ -187,8 +201,10 @@ class StudySearcher(OptunaSearch):
 
     def _report(self, number: int, result: Mapping[str, Any]) -> None:
         value: Any = result.get(self.metric)
+        if value is None:  # no order is through yet
+            value = result.get("first_order_so_far")
         trial = self._frozen(number)
-        step = int(result.get(TRAINING_ITERATION, len(trial.intermediate_values)))
+        step = int(result.get("stages_done", result.get(TRAINING_ITERATION, len(trial.intermediate_values))))
         if _finite(value) and not trial.state.is_finished():
             self._storage.set_trial_intermediate_value(trial._trial_id, step, float(value))
 
@@ -203,15 +219,16 @@ class StudySearcher(OptunaSearch):
         if not result and not error and trial.intermediate_values:  # stopped while it was paused
             values = [trial.intermediate_values[max(trial.intermediate_values)]]
         bad = [f"{name}: {value}" for name, value in zip(names, values, strict=True) if not _finite(value)]
-        attributes = {key: result[key] for key in (RUN_ID,) if result.get(key) is not None}
+        attributes = {key: result[key] for key in (RUN_ID, ORDERS) if result.get(key)}
+        stopped = trial.user_attrs.get(STOPPED)
         if error:
             state, attributes["reason"] = TrialState.FAIL, "the trial raised an error"
-        elif bad:
+        elif bad and not stopped:
             state, attributes["reason"] = TrialState.FAIL, f"no finite objective ({', '.join(bad)})"
         elif result.get(FINISHED):
             state = TrialState.COMPLETE
         else:
-            state, attributes["reason"] = TrialState.PRUNED, "stopped before the end"
+            state, attributes["reason"] = TrialState.PRUNED, stopped or "stopped before the end"
             attributes["values_so_far"] = dict(zip(names, values, strict=True))
         if trial.state.is_finished():
             self._end_again(trial, state, values, attributes)

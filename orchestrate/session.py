@@ -103,6 +103,8 @@ def open_session(study: Study, *, search: bool) -> Session:
     space = None
     if search:
         problems += search_problems(study.search)
+        if study.racing.on and study.search.objective.multi:
+            problems.append("racing: needs a single objective; remove search.objective.multi or switch racing off")
         try:
             space = load_space(study.search.space)
             problems += space.problems(study)

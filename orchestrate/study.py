@@ -74,19 +74,36 @@ class SearchSettings(Section):
     include_defaults: bool = Field(True, description="the study file's own setting is the first trial")
 
 
+class RacingSettings(Section):
+    """Whether a search stops settings on the way that can hardly win any more."""
+
+    orders: bool = Field(False, description="stop a setting that is beaten on paired orders")
+    test: Literal["t", "wilcoxon"] = Field("t", description="paired, one-sided, over the orders that both have")
+    confidence: float = Field(0.9, gt=0.5, lt=1, description="of the test")
+    min_orders: PositiveInt = Field(2, ge=2, description="orders before a setting may be stopped")
+    tasks: bool = Field(False, description="successive halving over the tasks of the first order")
+    grace_tasks: PositiveInt = Field(2, description="tasks: tasks before a setting may be stopped")
+    reduction_factor: float = Field(3.0, gt=1, description="tasks: the best 1 in so many go on")
+
+    @property
+    def on(self) -> bool:
+        """Whether any rule is switched on."""
+        return self.orders or self.tasks
+
+
 class ResourceSettings(Section):
     """Where and how the stages run; no result depends on it but through ``workers`` (rounding of sums)."""
 
-    executor: Literal["train", "inline"] = Field("train", description="a Ray Train worker group a trial, or inline")
+    executor: Literal["train", "inline"] = Field("train", description="Ray Train worker groups that walk orders, or inline")
     workers: PositiveInt = Field(1, description="data-parallel workers of a trial")
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: NonNegativeFloat = 0
-    concurrent_trials: PositiveInt = 2
+    concurrent_trials: PositiveInt = Field(2, description="trials at a time, and worker groups")
     address: str | None = Field(None, description="a running Ray cluster; null: one is started on this machine")
     object_store_mb: PositiveInt = Field(200, description="Ray's shared memory when started here")
     store: str = Field("stages", description="folder or URI (s3://...) of finished stages, shared by studies")
     runs: str = Field("runs", description="folder for results, one sub-folder a study")
-    max_failures: NonNegativeInt = Field(1, description="how often a trial's crashed workers are started again")
+    max_failures: NonNegativeInt = Field(1, description="how often workers that died over an order start again")
 
 
 class TrackingSettings(Section):
@@ -103,6 +120,7 @@ class Study(RunSettings):
     name: str = Field(DEFAULT_STUDY, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     orders: OrderSettings = OrderSettings()
     search: SearchSettings = SearchSettings()
+    racing: RacingSettings = RacingSettings()
     resources: ResourceSettings = ResourceSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -121,6 +139,8 @@ class Study(RunSettings):
         for section in ("resources", "tracking"):
             values.pop(section)
         values["workers"] = self.resources.workers
+        if self.racing == RacingSettings():  # sections that came later leave the digests of older studies alone
+            values.pop("racing")
         values["search"]["space"] = Path(self.search.space).name  # not where the file lies
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

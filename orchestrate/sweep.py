@@ -12,20 +12,20 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from loda.distributed import WorkerGroup
 from loda.errors import ConfigError, StageError
+from orchestrate.evaluation import Judged, evaluate, is_stored
 from orchestrate.merged import write_merged
 from orchestrate.pages import write_pages
 from orchestrate.progress import StudyProgress
+from orchestrate.racing import RaceScheduler
 from orchestrate.recorder import Recorder
-from orchestrate.results import OrderResult, document, metric_block, read_order, write_tables
+from orchestrate.results import OrderResult, document, read_order, write_tables
 from orchestrate.searcher import StudySearcher
 from orchestrate.session import Session, claim_folder, open_session, write_atomic
 from orchestrate.study import Study
 from orchestrate.tracking import Tracker
-from orchestrate.trials import Watcher, run_trials, shards
-from orchestrate.work import StageCounts, WorkList, stages_of
-from orchestrate.worker import run_work
+from orchestrate.trials import Watcher, run_trials
+from orchestrate.work import StageCounts, stages_of
 from orchestrate.workers import Workers, open_workers
 
 
@@ -35,14 +35,6 @@ class Outcome:
 
     session: Session
     values: dict[str, Any]
-
-
-@dataclass
-class Judged:
-    """The evaluation orders under one setting."""
-
-    settings: dict[str, Any]
-    results: list[OrderResult]
 
 
 def _open_tracker(session: Session) -> Tracker:
@@ -68,60 +60,13 @@ def run_study(study: Study, *, local: bool = False, quiet: bool = False) -> Outc
     claim_folder(session)
     counts = StageCounts()
     with contextlib.ExitStack() as stack:
-        here = local or _is_stored(session, {})
+        here = local or is_stored(session, {})
         workers = None if here else stack.enter_context(open_workers(session))
         tracker = stack.enter_context(_open_tracker(session))
         recorder = Recorder(session, tracker)
-        judged = _evaluate(session, {}, counts, recorder, workers, quiet=quiet)
+        judged = evaluate(session, {}, counts, recorder, workers, quiet=quiet)
         startup = {"workers": workers.startup_seconds() if workers is not None else 0.0}
         return _finish(session, judged, judged.results, counts, recorder, started, {"startup_seconds": startup})
-
-
-def _evaluate(
-    session: Session,
-    settings: Mapping[str, Any],
-    counts: StageCounts,
-    recorder: Recorder,
-    workers: Workers | None,
-    *,
-    quiet: bool,
-) -> Judged:
-    """Walk the evaluation orders under one setting; without workers, in this process."""
-    orders = session.evaluate_orders
-    works = {work.name: work for work in orders}
-    total = len(orders) * stages_of(session.study, len(session.bench.tasks))
-    with StudyProgress(f"{session.study.name}: evaluation", total, quiet) as progress:
-        watcher = Watcher(session, works, progress, recorder, counts, None, workers)
-        recorder.trial("chosen", settings)
-        if workers is None:
-            _walk_here(session, settings, watcher)
-        else:
-            run_trials(session, settings, orders, watcher, "evaluate")
-    failures = [end.error for end in watcher.ends if end.error]
-    results = [one for work in orders if (one := read_order(session, "chosen", settings, work)) is not None]
-    if failures or len(results) < len(orders):
-        recorder.trial_done("chosen", "FAILED", {}, {"reason": "; ".join(failures)})
-        raise StageError("; ".join(failures) or "some evaluation orders have no result; run the same command again")
-    means = {key: metric_block(results, key)["mean"] for key in ("a_last", "a_avg")}
-    recorder.trial_done("chosen", "FINISHED", means, {})
-    return Judged(dict(settings), results)
-
-
-def _walk_here(session: Session, settings: Mapping[str, Any], watcher: Watcher) -> None:
-    """The same walk, in this process."""
-
-    class Here:  # what the watcher reads of a Tune trial
-        trial_id = "local"
-        config: dict[str, Any] = {"settings": dict(settings)}  # noqa: RUF012
-        last_result: dict[str, Any] = {}  # noqa: RUF012
-
-    def report(metrics: dict[str, Any]) -> None:
-        watcher.on_trial_result(0, [], Here(), metrics)  # type: ignore[arg-type]
-
-    (orders,) = shards(session.evaluate_orders, 1)
-    work = WorkList(dict(settings), tuple(orders))
-    Here.last_result = run_work(session.payload() | {"work": work.to_dict()}, report, WorkerGroup())
-    watcher.on_trial_complete(0, [], Here())  # type: ignore[arg-type]
 
 
 def _finish(
@@ -197,26 +142,17 @@ def sweep(study: Study, *, quiet: bool = False) -> Outcome:
             _search(session, searcher, counts, recorder, workers, quiet)
         best = choose(searcher)
         settings = dict(best.user_attrs["settings"])
-        judged = _evaluate(session, settings, counts, recorder, workers, quiet=quiet)
+        judged = evaluate(session, settings, counts, recorder, workers, quiet=quiet)
         everything = [*_search_results(session, searcher), *judged.results]
         startup = {"driver": driver_startup, "workers": workers.startup_seconds() if workers is not None else 0.0}
         more = _search_values(searcher, best, everything) | {"startup_seconds": startup}
         return _finish(session, judged, everything, counts, recorder, started, more)
 
 
-def _is_stored(session: Session, settings: Mapping[str, Any]) -> bool:
-    """Whether every step of the evaluation orders is in the store, so that reading them needs no workers."""
-    if session.study.resources.workers > 1:  # should one be damaged, it takes as many to compute it again
-        return False
-    return all(
-        session.store.has(node.key) for work in session.evaluate_orders for node in session.nodes(settings, work)
-    )
-
-
 def _work_is_left(session: Session, searcher: StudySearcher) -> bool:
     if searcher.ended < session.study.search.trials:
         return True
-    return not _is_stored(session, choose(searcher).user_attrs["settings"])
+    return not is_stored(session, choose(searcher).user_attrs["settings"])
 
 
 def _search(
@@ -237,7 +173,22 @@ def _search(
             progress.line(f"going on after {searcher.ended} finished trials")
         works = {work.name: work for work in orders}
         watcher = Watcher(session, works, progress, recorder, counts, searcher, workers)
-        run_trials(session, {}, orders, watcher, "search", searcher, remaining)
+        run_trials(session, {}, orders, watcher, "search", searcher, remaining, _race(session, searcher, watcher))
+
+
+def _race(session: Session, searcher: StudySearcher, watcher: Watcher) -> RaceScheduler | None:
+    study = session.study
+    if not study.racing.on:
+        return None
+    objective = study.search.objective
+    return RaceScheduler(
+        study.racing,
+        objective,
+        stages_of(study, len(session.bench.tasks)),
+        searcher.trial_name,
+        searcher.finished_orders(objective.metric),
+        watcher.on_stop,
+    )
 
 
 def choose(searcher: StudySearcher) -> FrozenTrial:

@@ -10,13 +10,14 @@ from typing import Any
 from ray import tune
 from ray.tune import Callback
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
 
 from orchestrate.executors import inline_trial
 from orchestrate.lane_trial import lane_trial
 from orchestrate.progress import StudyProgress
 from orchestrate.recorder import Recorder, RunStatus
 from orchestrate.results import read_order
-from orchestrate.searcher import StudySearcher
+from orchestrate.searcher import STOPPED, StudySearcher
 from orchestrate.session import Session
 from orchestrate.work import OrderWork, StageCounts
 from orchestrate.workers import Workers
@@ -52,6 +53,7 @@ class Watcher(Callback):
         self._starts: dict[str, float] = {}
         self._seen: set[tuple[str, str, int]] = set()
         self.best: float | None = None
+        self.stop_reasons: dict[str, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles its callbacks to restore them some day; this study goes on from its store instead.
@@ -60,7 +62,7 @@ class Watcher(Callback):
     def _name(self, trial: Trial) -> str:
         if self.searcher is None:
             return "chosen"
-        return f"trial-{self.searcher._numbers[trial.trial_id]:04d}"
+        return self.searcher.trial_name(trial.trial_id)
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         self._starts[trial.trial_id] = time.monotonic()
@@ -86,39 +88,63 @@ class Watcher(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         result = trial.last_result or {}
-        self._end(trial, None if result.get("finished") else "stopped before its end", result)
+        if result.get("finished"):
+            self._end(trial, "finished", "", result)
+        else:
+            self._end(trial, "stopped", self.stop_reasons.get(trial.trial_id, "stopped before its end"), result)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         error = trial.get_error()
         lines = [line for line in str(error).strip().splitlines() if line.strip()]
         reasons = [line for line in lines if "StageError" in line or "ConfigError" in line]
-        self._end(trial, (reasons or lines or ["failed without a message"])[-1].strip(), trial.last_result or {})
+        reason = (reasons or lines or ["failed without a message"])[-1].strip()
+        self._end(trial, "failed", reason, trial.last_result or {})
 
-    def _end(self, trial: Trial, error: str | None, result: Mapping[str, Any]) -> None:
+    def on_stop(self, trial_id: str, reason: str) -> None:
+        """The scheduler is about to stop a trial."""
+        self.stop_reasons[trial_id] = reason
+        if self.searcher is not None:
+            self.searcher.annotate(trial_id, {STOPPED: reason})
+
+    def _end(self, trial: Trial, state: str, reason: str, result: Mapping[str, Any]) -> None:
         if self.workers is not None and self.workers.lanes is not None:
             self.workers.lanes.cancel(trial.trial_id)
         name, settings = self._name(trial), dict(trial.config.get("settings", {}))
         label = self.objective_label
         value = result.get(label) if label else None
         metrics = {key: float(result[key]) for key in self._objectives if isinstance(result.get(key), int | float)}
-        if error is None:
+        if state == "finished":
             if self.searcher is not None and isinstance(value, int | float):
                 self.best = float(value) if self.best is None else max(self.best, float(value))
                 self.progress.line(f"{name}  {label} {value:.2f}  {short(settings)}")
-            if self.recorder is not None:
-                for order in result.get("orders", {}):
-                    one = read_order(self.session, name, settings, self.works[order])
-                    if one is not None:
-                        self.recorder.order_done(one, heatmap=self.searcher is None)
         else:
-            self.progress.line(f"{name}  failed: {error}  {short(settings)}")
+            self.progress.line(f"{name}  {state}: {reason}  {short(settings)}")
             expected = len(self.works) * len(self.session.bench.tasks)
             done = sum(place[0] == trial.trial_id for place in self._seen)
             self.progress.skip(max(0, expected - done) if self.searcher is not None else 0)
-        if self.recorder is not None and self.searcher is not None:
-            status: RunStatus = "FINISHED" if error is None else "FAILED"
-            self.recorder.trial_done(name, status, metrics, {"reason": error} if error else {})
-        self.ends.append(TrialEnd(name, settings, error, dict(result)))
+        if self.recorder is not None:
+            self._record_end(trial, name, settings, state, reason, result, metrics)
+        self.ends.append(TrialEnd(name, settings, None if state == "finished" else reason, dict(result)))
+
+    def _record_end(
+        self,
+        trial: Trial,
+        name: str,
+        settings: dict[str, Any],
+        state: str,
+        reason: str,
+        result: Mapping[str, Any],
+        metrics: Mapping[str, float],
+    ) -> None:
+        assert self.recorder is not None
+        for row in result.get("orders", ()):
+            one = read_order(self.session, name, settings, self.works[row["name"]])
+            if one is not None:
+                self.recorder.order_done(one, heatmap=self.searcher is None)
+        if self.searcher is not None:
+            statuses: dict[str, RunStatus] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+            tags = {"state": state} | ({"reason": reason} if reason else {})
+            self.recorder.trial_done(name, statuses[state], metrics, tags)
 
     @property
     def _objectives(self) -> list[str]:
@@ -147,11 +173,13 @@ def run_trials(
     run_name: str,
     searcher: StudySearcher | None = None,
     samples: int = 1,
+    scheduler: TrialScheduler | None = None,
 ) -> None:
     """Run trials through Tune until all have ended.
 
-    With a searcher: ``samples`` trials, each a suggested setting over all orders. Without: the given setting; one trial
-    over all orders where there are lanes, which share them, else a trial for each shard of them.
+    With a searcher: ``samples`` trials, each a suggested setting over all orders, or over fewer if the scheduler stops
+    it. Without: the given setting; one trial over all orders where there are lanes, which share them, else a trial for
+    each shard of them.
 
     Raises:
         KeyboardInterrupt: the user stopped; finished stages are in the store.
@@ -175,6 +203,7 @@ def run_trials(
         param_space=config,
         tune_config=tune.TuneConfig(
             search_alg=searcher,
+            scheduler=scheduler,
             num_samples=samples if searcher is not None else 1,
             max_concurrent_trials=resources.concurrent_trials,
             reuse_actors=True,

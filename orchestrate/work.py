@@ -23,7 +23,7 @@ class OrderWork:
 
 @dataclass(frozen=True)
 class WorkList:
-    """All orders of one setting; one worker group walks them, stage after stage."""
+    """Orders of one setting, walked stage after stage."""
 
     settings: dict[str, Any]  # key path -> value, on top of the study file
     orders: tuple[OrderWork, ...]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from loda.distributed import WorkerGroup
@@ -193,12 +194,18 @@ def walk(study: Study, work: WorkList, store: StageStore, report: Report, group:
 
 
 def _event(order: str, stage: list[StepNode], walker: Walker) -> dict[str, Any]:
-    """A finished stage: which of its steps were computed here, and in how many seconds."""
+    """A finished stage: which of its steps were computed here, in how many seconds, and the accuracy after it (%)."""
     records = []
     for node in stage:
         seconds = walker.computed.pop(node.key, None)
         records.append({"step": node.step, "key": node.key, "ran": seconds is not None, "seconds": seconds or 0.0})
-    return {"order": order, "position": stage[-1].position, "steps": records}
+    meta = walker.fetch(stage[-1].key).meta
+    correct, count = np.asarray(meta["correct"]), np.asarray(meta["count"])
+    accuracy = {
+        "a_last": round(100 * float(correct.sum() / count.sum()), 2),
+        "a_last_macro": 100 * float((correct / count).mean()),
+    }
+    return {"order": order, "position": stage[-1].position, "steps": records, "accuracy": accuracy}
 
 
 def open_work(payload: Mapping[str, Any]) -> tuple[Study, StageStore]:

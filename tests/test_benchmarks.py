@@ -146,3 +146,29 @@ def test_the_bundled_study_is_compared_without_arguments_naming_it(tmp_path: Pat
     rows = document["rows"]
     floor = rows["simplecil lda"]["orders"][0]["a_last"]
     assert all(entry["a_last"] > floor for entry in rows["loda"]["orders"]), "one epoch already beats frozen features"
+
+
+def test_the_race_replays_a_table_with_the_scheduler_of_sweeps(tmp_path: Path) -> None:
+    """Twelve settings two points apart: the race must find the best, and need not run the others to their end."""
+    orders = [float(index) for index in range(6)]
+    rows = [
+        {
+            "settings": {},
+            "orders": [
+                {"validation": [40 + 2 * setting + order + 0.1 * ((setting * order) % 3) - t for t in range(3)]}
+                for order in orders
+            ],
+        }
+        for setting in range(12)
+    ]
+    rows.append({"settings": {}, "orders": [None, *rows[-1]["orders"][1:]]})  # diverged on the first order
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"rows": rows, "orders": [[0]] * 6, "tasks": [0, 1, 2]}))
+    arguments = ("--table", table, "--seeds", 5, "--settings", 13, "--tune", 4, "--json")
+    document = json.loads(run_script("racing.py", *arguments, folder=tmp_path))
+    assert set(document["rules"]) == {"orders", "tasks", "orders and tasks"}
+    for name, found in document["rules"].items():
+        assert found["race_regret"] == found["full_regret"] == 0, name
+        assert 0 < found["ratio"] < 1, name
+        assert all(row["full_stages"] <= 12 * 4 * 3 + 4 * 3 for row in found["rows"]), name
+    assert document["ratio"] == document["rules"]["orders and tasks"]["ratio"] < document["rules"]["orders"]["ratio"]
