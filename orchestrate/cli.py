@@ -189,10 +189,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="Default: report.html in the study's run folder.")] = None,
     as_json: Json = False,
 ) -> None:
-    """One HTML file about a study, finished or not: accuracy, effects of the order, search, time, versions.
-
-    Example: `orchestrate report alphabets`
-    """
+    """One HTML file about a study, finished or not; for example `orchestrate report alphabets`."""
     from orchestrate.report import make_report
 
     values = make_report(_run_folder(study), output)

@@ -94,7 +94,9 @@ class RacingSettings(Section):
 class ResourceSettings(Section):
     """Where and how the stages run; no result depends on it but through ``workers`` (rounding of sums)."""
 
-    executor: Literal["train", "inline"] = Field("train", description="Ray Train worker groups that walk orders, or inline")
+    executor: Literal["train", "inline"] = Field(
+        "train", description="Ray Train worker groups that walk orders, or inline"
+    )
     workers: PositiveInt = Field(1, description="data-parallel workers of a trial")
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: NonNegativeFloat = 0
