@@ -240,7 +240,7 @@ class Tracker:
     ) -> None:
         """Close a run with its final numbers; its tag ``state`` says how it ended, unless ``tags`` does."""
         finite = {metric_name(name): float(value) for name, value in (metrics or {}).items() if np.isfinite(value)}
-        state = {"FINISHED": "complete", "FAILED": "failed", "KILLED": "stopped"}[status]
+        state = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}[status]
         texts = {"state": state} | {key: redact(str(value)) for key, value in (tags or {}).items()}
         self._delivery.submit("end", run.key, status=status, metrics=finite, tags=texts, time=_now())
 

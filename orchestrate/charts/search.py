@@ -56,8 +56,8 @@ def history(study: optuna.Study, best: int | None) -> Chart:
     figure, (axes,) = new_figure(2.7)
     axes.step(numbers, so_far, where="post", color=MUTED, linewidth=1.4, label="best so far")
     axes.plot(numbers, values, "o", color=BLUE, markersize=5.5, label="finished trial")
-    others = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished() and trial not in done]
-    partial = [(t.number, v) for t in others for v in t.intermediate_values.values()][-len(others) :] if others else []
+    pruned = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+    partial = [(trial.number, trial.values[0]) for trial in pruned if trial.values]
     if partial:
         axes.plot(*zip(*partial, strict=True), "x", color=MUTED, markersize=5, label="stopped early")
     chosen = [(number, value) for number, value in zip(numbers, values, strict=True) if number == best]

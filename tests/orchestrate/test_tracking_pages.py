@@ -100,7 +100,7 @@ def test_state_says_how_a_run_ended(tracker: Tracker) -> None:
     tracker.end(runs["slow"], "FINISHED", tags={"state": "pruned"})
     tracker.end(runs["stopped"], "KILLED")
     states = {name: get(tracker, run).data.tags["state"] for name, run in runs.items()}
-    assert states == {"good": "complete", "bad": "failed", "slow": "pruned", "stopped": "stopped", "open": "running"}
+    assert states == {"good": "finished", "bad": "failed", "slow": "pruned", "stopped": "stopped", "open": "running"}
     assert found(tracker, "tags.level = 'trial' AND tags.state = 'failed'") == ["bad"]
 
 
