@@ -138,12 +138,15 @@ class Study(RunSettings):
         values = self.resolved()
         for section in ("resources", "tracking", "robustness"):
             values.pop(section)
+        values["workers"] = self.resources.workers
+        # What came later leaves the digests of older studies alone.
         for key in LATER_KEYS:
             if getattr(self.orders, key) == getattr(OrderSettings(), key):
                 del values["orders"][key]
-        values["workers"] = self.resources.workers
-        if self.racing == RacingSettings():  # sections that came later leave the digests of older studies alone
+        if self.racing == RacingSettings():
             values.pop("racing")
+        if self.training.optimizer == "sgd":
+            del values["training"]["optimizer"]
         values["search"]["space"] = Path(self.search.space).name  # not where the file lies
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
