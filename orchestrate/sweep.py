@@ -138,8 +138,8 @@ def _publish(
     }
     files["summary.json"] = json.dumps(values, indent=1)
     model = None
-    mergeable = not build_method(session.study.method).export_refusal
-    if session.study.tracking.register_model and results and mergeable:
+    method = build_method(session.study.method)
+    if session.study.tracking.register_model and results and method.mergeable and not method.export_refusal:
         model = session.folder / "model"
         export_order(session, settings, results[0], model)
     metrics = {f"test/{key}": values[key]["mean"] for key in ("a_last", "a_avg")}
