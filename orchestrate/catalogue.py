@@ -19,6 +19,7 @@ def method_rows() -> list[dict[str, Any]]:
             "summary": method.summary,
             "mergeable": method.mergeable,
             "needs_task_id": method.needs_task_id,
+            "prediction": method.prediction,
             "memory_growth": method.memory_growth,
             "reconstructed": method.reconstructed,
             "joint": method.joint,

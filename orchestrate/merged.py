@@ -52,7 +52,7 @@ def write_merged(
         StageError: the artifacts don't belong together, or timm's model doesn't give the logits that ours gives.
     """
     method = build_method(settings.method)
-    if method.export_refusal:
+    if method.export_refusal or not method.mergeable:
         raise ConfigError(f"{method.name} can't be exported as one plain model: {method.export_refusal}")
     classes = chain[-1].meta["classes"]
     weight_CD, bias_C = evaluation.tensors["classifier.weight"], evaluation.tensors["classifier.bias"]

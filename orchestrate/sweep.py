@@ -99,8 +99,9 @@ def _publish(session: Session, judged: Judged, recorder: Recorder, values: Mappi
     }
     files["summary.json"] = json.dumps(values, indent=1)
     model = None
-    mergeable = not build_method(session.study.method).export_refusal
-    if session.study.tracking.register_model and judged.results and mergeable:
+    method = build_method(session.study.method)
+    plain = method.mergeable and not method.export_refusal
+    if session.study.tracking.register_model and judged.results and plain:
         model = session.folder / "model"
         export_order(session, judged.settings, judged.results[0], model)
     metrics = {f"test/{key}": values[key]["mean"] for key in ("a_last", "a_avg")}

@@ -258,6 +258,19 @@ def test_cosos_steps_are_adam_in_the_leading_directions_of_the_projected_gradien
         np.testing.assert_allclose(weight.detach().numpy(), slow, atol=2e-5)
 
 
+def test_cosos_average_keeps_its_place_when_the_subspace_turns_within_itself(tiny_backbone: BackboneFactory) -> None:
+    backbone = tiny_backbone(("mlp.fc1",))
+    toy = _Quadratic(backbone, CosoSettings(rank=3, refresh=50))
+    toy.run(2)
+    for layer in toy.method.layers.values():
+        before_OD, old_Dr = layer.mean_Or @ layer.basis_Dr.mT, layer.basis_Dr
+        mixed_Or = torch.randn(len(layer.mean_Or), 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        toy.method._refresh(layer, mixed_Or @ old_Dr.mT)  # the same row space, other leading directions
+        assert float((old_Dr.mT @ layer.basis_Dr).abs().max()) < 0.999
+        torch.testing.assert_close(layer.mean_Or @ layer.basis_Dr.mT, before_OD, rtol=0, atol=1e-10)
+        assert bool((layer.square_Or >= 0).all())
+
+
 @pytest.mark.parametrize("refresh,exceeds", [(1, True), (3, True), (50, False)])
 def test_cosos_change_has_a_larger_rank_than_its_steps(
     refresh: int, exceeds: bool, tiny_backbone: BackboneFactory

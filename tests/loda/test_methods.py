@@ -313,6 +313,9 @@ def test_branches_change_nothing_before_the_first_step(name: str, tiny_settings:
 def test_a_method_introduces_itself(name: str) -> None:
     method = registry()[name]
     assert method.name == name and method.summary and method.source and method.version >= 1
+    assert method.mergeable == (method.prediction == "merged")
+    assert method.mergeable or method.export_refusal, "say why it leaves no plain model"
+    assert method.joint or not (method.knows_tasks or method.observes_tasks)
     default = method_settings({"name": name})
     assert isinstance(default, method.Settings) and build_method(default).settings == default
     for position in (0, 1):
