@@ -107,7 +107,8 @@ def headline(data: ReportData) -> Headline:
         tuned = len(data.plan["tune"])
         text = (
             f"Of {trials} trials, number {best['trial']} was chosen on validation images and {tuned} tuning "
-            f"order{'' if tuned == 1 else 's'} ({scores}): {setting}. It was judged once on test images and {data.wanted} "
+            f"order{'' if tuned == 1 else 's'} ({scores}): {setting}. It was judged once on test images and "
+            f"{data.wanted} "
             "orders that the search never used."
         )
     return Headline(tuple(rows), text)

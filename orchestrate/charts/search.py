@@ -80,7 +80,8 @@ def history(study: optuna.Study, best: int | None) -> Chart:
         f"{values.max():.2f}.",
         figure,
         _trial_table(study, best),
-        f"Trials: {counted}. A setting is chosen for a high score, so its score flatters it: the results above come from "
+        f"Trials: {counted}. A setting is chosen for a high score, so its score flatters it: the results above come "
+        "from "
         "other orders and from test images.",
     )
 
