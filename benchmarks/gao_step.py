@@ -134,11 +134,13 @@ def package_round(bench: Workbench, problem: Problem, gao: bool) -> Callable[[],
         [*parameters, *head.parameters()], lr=1e-4, momentum=settings.training.momentum, foreach=True
     )
     draws = torch.Generator().manual_seed(0)
-    learner = Learner(parameters, list(head.parameters()), optimizer.step, bench.group.sum_, draws)
+    learner = Learner(
+        parameters, list(head.parameters()), optimizer.step, bench.group.sum_, draws, bench.backbone, lambda: 1e-4
+    )
 
     def work() -> None:
         for inputs_BCHW, labels_B in zip(problem.inputs, problem.labels, strict=True):
-            batch: Batch = _batch(backbone, head, inputs_BCHW, labels_B, settings.head, bench.group)
+            batch: Batch = _batch(backbone, method, head, inputs_BCHW, labels_B, settings.head, bench.group)
             method.training_step(learner, batch)
 
     return work

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from loda.methods import BUILT_IN
+from loda.methods import BUILT_IN, Method
 from orchestrate.study import Study
 
 PAGE = Path(__file__).with_name("study-file.md")
@@ -24,6 +25,7 @@ TEXTS = {
     "training.batch_size": "images an optimiser step",
     "training.lr": "learning rate of the branches at the start of the cosine schedule",
     "training.weight_decay": "of branches and heads",
+    "training.optimizer": "of branches and heads; Adam's other values are torch's defaults",
     "training.momentum": "of SGD",
     "training.seed": "draws batches, views and the method's own choices",
     "head.scale": "factor on the cosines in the loss",
@@ -35,7 +37,7 @@ TEXTS = {
     "compute.device": "where stages are computed",
     "orders.design": "how task orders are chosen",
     "orders.tune": "orders that a setting is searched on",
-    "orders.evaluate": "other orders that the chosen setting is judged on",
+    "orders.evaluate": "other orders that the chosen setting is judged on; not read by all, tree, kind: class",
     "orders.seed": "draws the orders",
     "search.trials": "settings to try",
     "search.sampler": "Optuna's sampler",
@@ -55,6 +57,7 @@ TEXTS = {
     "method.gamma_m": "weight of the new task in the recalibration",
     "method.rank": "directions of the LoRA pair",
     "method.start_seed": "draws the down-projection's start",
+    "method.projection_seed": "draws the random projection, and which images choose the ridge",
     "method.classifier": "cosine to class means, or shared-covariance discriminant analysis",
 }
 # He et al. 2026 (arXiv 2603.00191): ViT-B/16, ImageNet-21k; several values are those of different benchmarks.
@@ -70,6 +73,7 @@ PUBLISHED = {
     "training.lr": "0.005 to 0.02",
     "training.head_lr": "as lr",
     "training.weight_decay": "0.0005 (ImageNet-R: 0)",
+    "training.optimizer": "sgd",
     "training.momentum": "0.9",
     "training.augmentation.crop_scale": "0.05",
     "training.augmentation.flip": "true",
@@ -117,8 +121,11 @@ def choices(field: FieldInfo) -> str:
     return ", ".join(found) if len(found) > 1 else ""
 
 
-def rows(model: type[BaseModel], prefix: str) -> list[tuple[str, str]]:
-    """Key path and table row of every setting of a section, sub-sections included."""
+def rows(model: type[BaseModel], prefix: str, own: Mapping[str, str] = {}) -> list[tuple[str, str]]:
+    """Key path and table row of every setting of a section, sub-sections included.
+
+    ``own`` are a method's published values, which go before LoDA's.
+    """
     found = []
     for key, field in model.model_fields.items():
         path = f"{prefix}{key}"
@@ -129,9 +136,17 @@ def rows(model: type[BaseModel], prefix: str) -> list[tuple[str, str]]:
         default = json.loads(json.dumps(field.get_default(call_default_factory=True)))
         parts = [TEXTS.get(path, ""), choices(field), field.description or ""]
         text = "; ".join(part for part in parts if part).replace("|", "\\|")
-        published = PUBLISHED.get(path, "")
+        published = own.get(path, PUBLISHED.get(path, ""))
         found.append((path, f"| `{path}` | {shown(default)} | {text or '?'} | {published} |"))
     return found
+
+
+def own(method: type[Method]) -> dict[str, str]:
+    """A method's published values; those of LoDA are said in more words above."""
+    if method.name == "loda":
+        return {}
+    blank = {f"method.{key}": "" for key in method.Settings.model_fields}
+    return blank | {path: json.dumps(value) for path, value in method.published.items()}
 
 
 HEADER = "| key | default | what it does | published |\n|---|---|---|---|"
@@ -144,7 +159,9 @@ def tables() -> dict[str, list[tuple[str, str]]]:
         inner = field.annotation
         if key == "method":
             for method in BUILT_IN:
-                found[f"`method` with `name: {method.name}`: {method.summary}"] = rows(method.Settings, "method.")
+                found[f"`method` with `name: {method.name}`: {method.summary}"] = rows(
+                    method.Settings, "method.", own(method)
+                )
         elif isinstance(inner, type) and issubclass(inner, BaseModel):
             found[f"`{key}`"] = rows(inner, f"{key}.")
         else:

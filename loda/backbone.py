@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from loda.branch import BranchedLinear, attach, detach
 from loda.errors import ConfigError
@@ -64,6 +65,10 @@ class Backbone:
             raise ConfigError(f"backbone.target: no linear layer ends in {unmatched}; this backbone has {linear}")
         self.original = {name: self._linear(name).weight.detach().clone() for name in self.layers}
         self.attached: dict[str, BranchedLinear] = {}
+        self.shared = nn.ModuleDict()  # what a method attaches once for all layers, such as gates
+        self.tasks_B: Tensor | None = None  # of the images that are passing, where a method knows them
+        self.route: Callable[[Tensor], None] | None = None  # called first: decides image by image what is at work
+        self._hooks: list[RemovableHandle] = []
         self.layers_by_width: dict[int, tuple[str, ...]] = {}
         for name in self.layers:
             width = self._linear(name).in_features
@@ -93,19 +98,24 @@ class Backbone:
         """Float images in [0, 1] as the backbone wants them."""
         return (images_BCHW - self._mean) / self._std
 
-    def features(self, images_BCHW: Tensor) -> Tensor:
-        """(B, D) features after the final norm, of normalised images."""
+    def features(self, images_BCHW: Tensor, tasks_B: Tensor | None = None) -> Tensor:
+        """(B, D) features after the final norm, of normalised images; ``tasks_B`` is for methods that need the id."""
+        self.tasks_B = tasks_B
+        if self.route is not None:
+            self.route(images_BCHW)
         return self.model(images_BCHW)
 
     def load_merges(self, merges: Sequence[Mapping[str, Tensor]]) -> None:
-        """Set the adapted weights to ``W_0 + Σ up @ down``, summed task after task so that the bits never depend on
-        where a run was taken up."""
+        """Set the adapted weights to ``W_0 + Σ up @ down`` (or ``+ delta``, where a task left a change of full rank),
+        summed task after task so that the bits never depend on where a run was taken up."""
         with torch.no_grad():
             for name in self.layers:
                 weight = self.original[name].clone()
                 for factors in merges:
                     if f"{name}.up" in factors:
                         weight += factors[f"{name}.up"].to(self.device) @ factors[f"{name}.down"].to(self.device)
+                    if f"{name}.delta" in factors:
+                        weight += factors[f"{name}.delta"].to(self.device)
                 self._linear(name).weight.copy_(weight)
 
     def attach(self) -> None:
@@ -114,18 +124,34 @@ class Backbone:
         self.attached = attach(self.model, self.layers)
 
     def detach(self) -> None:
-        """Take all branches off; the backbone is plain again."""
+        """Take all branches, shared modules and hooks off; the backbone is plain again."""
         detach(self.model, self.attached)
         self.attached = {}
+        self.shared = nn.ModuleDict()
+        self.route = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def on_patch_tokens(self, read: Callable[[Tensor], None]) -> None:
+        """Until :meth:`detach`, hand the frozen patch embedding (B, N, D) of every pass to ``read``."""
+        embedding = self.model.get_submodule("patch_embed")
+        self._hooks.append(embedding.register_forward_hook(lambda module, inputs, tokens_BND: read(tokens_BND)))
 
     def branch_tensors(self) -> dict[str, Tensor]:
-        """Every branch tensor, as ``<layer>/<branch>/<down|up>``."""
-        return {
-            f"{layer}/{name}/{part}": getattr(branch, part).detach()
-            for layer, branched in self.attached.items()
-            for name, branch in branched.branches.items()
-            for part in ("down", "up")
-        }
+        """Every branch tensor, as ``<layer>/<branch>/<down|up>``, and what only some methods have: a trained scale
+        and an anchor as ``<layer>/<branch>/<scale|anchor>``, a change of full rank as ``<layer>/change``."""
+        tensors: dict[str, Tensor] = {}
+        for layer, branched in self.attached.items():
+            for name, branch in branched.branches.items():
+                tensors |= {f"{layer}/{name}/down": branch.down.detach(), f"{layer}/{name}/up": branch.up.detach()}
+                if isinstance(branch.scale, Tensor):
+                    tensors[f"{layer}/{name}/scale"] = branch.scale.detach()
+                if branch.anchor is not None:
+                    tensors[f"{layer}/{name}/anchor"] = branch.anchor
+            if branched.change is not None:
+                tensors[f"{layer}/change"] = branched.change.detach()
+        return tensors
 
     def attach_tensors(self, tensors: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
         """Attach trained branches again, from :meth:`branch_tensors` and the branches' scales in their order."""
@@ -134,13 +160,15 @@ class Backbone:
             for name, scale in scales.items():  # not the tensors' order: files keep them in one of their own
                 if f"{layer}/{name}/down" in tensors:
                     down_rD, up_Or = tensors[f"{layer}/{name}/down"], tensors[f"{layer}/{name}/up"]
-                    branched.add(name, down_rD, up_Or, scale=scale, train_down=False)
+                    own = float(tensors.get(f"{layer}/{name}/scale", scale))
+                    anchor_Or = tensors.get(f"{layer}/{name}/anchor")
+                    branched.add(name, down_rD, up_Or, scale=own, train_down=False, anchor_Or=anchor_Or)
+            if f"{layer}/change" in tensors:
+                branched.add_change(tensors[f"{layer}/change"])
 
     def branch_scales(self) -> dict[str, float]:
-        """γ by branch name (the same in all layers)."""
-        return {
-            name: float(branch.scale) for linear in self.attached.values() for name, branch in linear.branches.items()
-        }
+        """γ by branch name (the same in all layers, unless it is trained)."""
+        return {name: branch.number for linear in self.attached.values() for name, branch in linear.branches.items()}
 
 
 def _bundled_config() -> dict[str, Any]:

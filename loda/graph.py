@@ -71,6 +71,8 @@ def sequence_nodes(bench: Workbench, settings: RunSettings, order: Sequence[int]
         raise ConfigError(f"stream.validation: no images to score on in the {split} split; set it above 0")
     method = build_method(settings.method)
     training, head = settings.training.model_dump(), settings.head
+    if training["optimizer"] == "sgd":  # the only one that there was when keys were first given out
+        del training["optimizer"]
     nodes: list[StepNode] = []
     chain: tuple[str, ...] = ()
     for prefix in stage_tasks(settings, bench.tasks, order):
@@ -85,6 +87,9 @@ def sequence_nodes(bench: Workbench, settings: RunSettings, order: Sequence[int]
                 "training": training,
                 "head": {"start": head.start, "scale": head.scale, "margin": head.margin},
             }
+        groups = [bench.tasks[index].classes for index in prefix]
+        if method.knows_tasks:  # to other joint methods it doesn't matter how classes are cut into tasks
+            adapt_reads["tasks"] = groups
         adapt = canonical_digest(
             {"step": "adapt", "observe": observe, "method": [method.name, method.version], **adapt_reads}
         )
@@ -104,7 +109,6 @@ def sequence_nodes(bench: Workbench, settings: RunSettings, order: Sequence[int]
                 "head": head_reads,
             }
         )
-        groups = [bench.tasks[index].classes for index in prefix]
         classifier = classifier_choice(settings)
         evaluate = canonical_digest(
             {
@@ -131,5 +135,5 @@ def sequence_nodes(bench: Workbench, settings: RunSettings, order: Sequence[int]
 
 
 def classifier_choice(settings: RunSettings) -> str:
-    """The final classifier: the head section's, unless the method has its own (SimpleCIL)."""
-    return getattr(settings.method, "classifier", None) or settings.head.classifier
+    """The final classifier: the head section's, unless the method has its own."""
+    return build_method(settings.method).classifier() or settings.head.classifier

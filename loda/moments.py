@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loda.branch import BranchedLinear
 from loda.energy import SecondMoment, pack_symmetric, unpack_symmetric
 
 
@@ -37,6 +38,17 @@ class LayerMoments:
     def to(self, device: torch.device) -> LayerMoments:
         """The same moments on another device."""
         return LayerMoments(self.names, {width: value.to(device) for width, value in self.values.items()})
+
+
+def by_width(modules: Mapping[str, torch.nn.Module]) -> dict[int, tuple[str, ...]]:
+    """Names of linear (or branched) layers by the width of their inputs, in the order given."""
+    names: dict[int, tuple[str, ...]] = {}
+    for name, module in modules.items():
+        linear = module.base if isinstance(module, BranchedLinear) else module
+        assert isinstance(linear, torch.nn.Linear)
+        width = linear.in_features
+        names[width] = (*names.get(width, ()), name)
+    return names
 
 
 class MomentRecorder:

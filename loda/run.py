@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from loda.metrics import AccuracySummary, accuracy_matrix_summary
 from loda.settings import RunSettings
 from loda.stage import run_step
 from loda.state import Artifact
+from loda.stream import cut_classes, published_class_order
 from loda.workbench import Workbench, open_workbench
 
 
@@ -64,7 +66,7 @@ def load_run_settings(source: RunSettings | Mapping[str, Any] | str | Path | Non
             raise ConfigError(f"{path}: not valid YAML: {error}") from error
         if not isinstance(values, Mapping):
             raise ConfigError(f"{path}: expected a mapping of sections, but got {type(values).__name__}")
-    platform = {"name", "orders", "search", "resources", "tracking", "racing"}
+    platform = {"name", "orders", "search", "resources", "tracking", "racing", "robustness"}
     try:
         return RunSettings(**{key: value for key, value in values.items() if key not in platform})
     except ValidationError as error:
@@ -122,6 +124,7 @@ def run_sequence(
     order: Sequence[int] | None = None,
     *,
     split: Literal["test", "validation"] = "test",
+    class_seed: int | None = None,
     bench: Workbench | None = None,
     on_step: Callable[[StepNode, Artifact], None] | None = None,
 ) -> SequenceResult:
@@ -131,6 +134,8 @@ def run_sequence(
         study: settings, a mapping, or a study file; None: the defaults.
         order: the tasks' indices; None: as they come.
         split: what the accuracy matrix is measured on.
+        class_seed: a class order instead of the stream's partition: classes are permuted as published
+            (``loda.stream.published_class_order``), then cut into the stream's number of tasks.
         bench: an open workbench of the same settings, to load data and backbone once for many orders.
         on_step: called after each step.
 
@@ -146,6 +151,9 @@ def run_sequence(
     """
     settings = load_run_settings(study)
     bench = open_workbench(settings) if bench is None else bench.with_settings(settings)
+    if class_seed is not None:
+        tasks = cut_classes(published_class_order(class_seed, bench.dataset.classes), len(bench.tasks))
+        bench = dataclasses.replace(bench, tasks=tasks)
     order = tuple(range(len(bench.tasks))) if order is None else tuple(order)
     if sorted(order) != list(range(len(bench.tasks))):
         raise ConfigError(f"order: expected each task from 0 to {len(bench.tasks) - 1} once, but got {list(order)}")

@@ -51,6 +51,7 @@ class TrainingSettings(Section):
     lr: PositiveFloat = 0.01
     head_lr: PositiveFloat | None = Field(None, description="null: lr, as published")
     weight_decay: float = Field(5e-4, ge=0)
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1)
     augmentation: AugmentationSettings = AugmentationSettings()
     seed: int = Seed

@@ -6,7 +6,6 @@ Each part is a pure function of the artifacts it reads and of the settings in it
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,19 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loda.alignment import align_classifier
-from loda.classifier import ClassStatistics, drift_map, linear_classifier
+from loda.classifier import ClassStatistics, drift_map
 from loda.errors import StageError
-from loda.graph import StepNode, classifier_choice, stage_classes
+from loda.evaluation import Chain, evaluate, statistics_of
+from loda.gradients import LossGradients
+from loda.graph import StepNode, stage_classes
 from loda.head import CosineHead, random_head_weight
 from loda.methods import build_method
-from loda.methods.base import Method, Observation
+from loda.methods.base import Observation
 from loda.moments import LayerMoments
 from loda.seeds import generator
 from loda.state import Artifact
 from loda.training import EpochCallback, train_task, trainable_parameters
-from loda.workbench import Workbench, memory_tensors, merge_factors
-
-Chain = Sequence[Artifact]
+from loda.workbench import Workbench, merge_factors, method_after
 
 
 def run_step(
@@ -54,7 +53,7 @@ def run_step(
         elif node.step == "consolidate":
             tensors, meta = _consolidate(bench, node, chain, own["observe"], own["adapt"])
         else:
-            tensors, meta = _evaluate(bench, node, chain, own["observe"], own["consolidate"])
+            tensors, meta = evaluate(bench, node, chain, own["observe"], own["consolidate"])
     except StageError as error:
         names = " > ".join(bench.tasks[index].name for index in node.prefix)
         raise StageError(f"{node.step} of stage {node.position + 1} ({names}): {error}") from error
@@ -65,14 +64,6 @@ def run_step(
     if epoch_seconds:
         timings |= {f"epoch_{index + 1}": seconds for index, seconds in enumerate(epoch_seconds)}
     return Artifact(tensors, {"step": node.step} | meta, timings)
-
-
-def _method_at(bench: Workbench, chain: Chain) -> Method:
-    method = build_method(bench.settings.method)
-    memory = memory_tensors(chain[-1]) if chain else {}
-    if memory:
-        method.load_state_tensors(memory, bench.backbone)
-    return method
 
 
 def _draw_names(bench: Workbench, node: StepNode) -> tuple[object, ...]:
@@ -88,7 +79,7 @@ def _observe(bench: Workbench, node: StepNode, chain: Chain) -> tuple[dict[str, 
     """
     classes = stage_classes(bench.settings, bench.tasks, node.prefix)
     rows = bench.indices(classes, "train")
-    bench.backbone.load_merges(_method_at(bench, chain).weights_at_rest([merge_factors(a) for a in chain]))
+    bench.rest(method_after(bench, chain), [merge_factors(a) for a in chain])
     features_ND, moments = bench.pass_over(bench.images(rows), record_moments=True)
     assert moments is not None
     return {"features": features_ND} | moments.packed(), {"images": len(rows)}
@@ -96,7 +87,8 @@ def _observe(bench: Workbench, node: StepNode, chain: Chain) -> tuple[dict[str, 
 
 def _observation(bench: Workbench, node: StepNode, observed: Artifact) -> Observation:
     moments = LayerMoments.unpacked(bench.backbone.layers_by_width, observed.tensors)
-    return Observation(moments.to(bench.backbone.device), node.position)
+    tasks = len(node.prefix) if build_method(bench.settings.method).joint else 1
+    return Observation(moments.to(bench.backbone.device), node.position, tasks=tasks)
 
 
 def _adapt(
@@ -104,14 +96,13 @@ def _adapt(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Steps 2 and 3: decompose, attach the branches, train them with the current task's head."""
     settings, backbone = bench.settings, bench.backbone
-    method = _method_at(bench, chain)
+    method = method_after(bench, chain)
     if not method.trains:
         return {}, {}
     classes = stage_classes(settings, bench.tasks, node.prefix)
     rows = bench.indices(classes, "train")
-    labels_N = bench.labels(rows, classes)
+    labels_N, tasks_N = bench.labels(rows, classes), bench.tasks_of(method, node.prefix, rows)
     backbone.load_merges(method.weights_in_training([merge_factors(a) for a in chain]))
-    method.begin_task(backbone, _observation(bench, node, observed))
     names = _draw_names(bench, node)
     if settings.head.start == "class_means":
         statistics = ClassStatistics.of(observed.tensors["features"], labels_N, len(classes))
@@ -120,6 +111,20 @@ def _adapt(
         draws = generator(settings.training.seed, "head", *names)
         start_CD = random_head_weight(len(classes), backbone.feature_width, draws)
     head = CosineHead(start_CD).to(backbone.device)
+    observation = _observation(bench, node, observed)
+    if method.observes_tasks:
+        observation.of_tasks = _moments_of_tasks(bench, node)
+    observation.gradients = LossGradients(
+        model=backbone,
+        head=head,
+        images_NCHW=bench.images(rows),
+        labels_N=labels_N,
+        scale=settings.head.scale,
+        margin=settings.head.margin,
+        batch_size=settings.compute.batch_size,
+        group=bench.group,
+    )
+    method.begin_task(backbone, observation)
     trainable = sum(parameter.numel() for parameter in trainable_parameters(backbone))
     log = train_task(
         backbone,
@@ -132,11 +137,23 @@ def _adapt(
         names,
         bench.group,
         on_epoch,
+        tasks_N,
     )
     tensors = {f"branch/{name}": tensor for name, tensor in backbone.branch_tensors().items()}
     tensors["head"] = head.weight.detach()
+    tensors |= {f"trained/{name}": t for name, t in method.finish_training(backbone, observation).items()}
     meta = {"losses": log.losses, "scales": list(backbone.branch_scales().items()), "trainable_parameters": trainable}
     return tensors, meta | {"facts": method.facts, "epoch_seconds": log.seconds}
+
+
+def _moments_of_tasks(bench: Workbench, node: StepNode) -> tuple[LayerMoments, ...]:
+    """The layers' moments for the images of each task alone, with the backbone as it stands."""
+    found = []
+    for index in node.prefix:
+        _, moments = bench.pass_over(bench.images(bench.indices(bench.tasks[index].classes, "train")), True)
+        assert moments is not None
+        found.append(moments)
+    return tuple(found)
 
 
 def _consolidate(
@@ -144,10 +161,11 @@ def _consolidate(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Steps 4 to 7: re-observe, recalibrate, merge, remember; then the class statistics, and alignment if asked."""
     settings, backbone = bench.settings, bench.backbone
-    method = _method_at(bench, chain)
+    method = method_after(bench, chain)
     classes = stage_classes(settings, bench.tasks, node.prefix)
     rows = bench.indices(classes, "train")
     images_NCHW, labels_N = bench.images(rows), bench.labels(rows, classes)
+    tasks_N = bench.tasks_of(method, node.prefix, rows)
     observation = _observation(bench, node, observed)
     earlier = [merge_factors(artifact) for artifact in chain]
     factors: dict[str, Tensor] = {}
@@ -156,14 +174,21 @@ def _consolidate(
         backbone.load_merges(method.weights_in_training(earlier))
         branches = {n.removeprefix("branch/"): t for n, t in trained.tensors.items() if n.startswith("branch/")}
         backbone.attach_tensors(branches, dict(trained.meta["scales"]))
+        method.trained = {
+            name.removeprefix("trained/"): tensor.to(backbone.device)
+            for name, tensor in trained.tensors.items()
+            if name.startswith("trained/")
+        }
+        method.attach_trained(backbone)
         adapted = None
         if method.reobserves and node.position > 0:
-            _, adapted = bench.pass_over(images_NCHW, record_moments=True)
+            _, adapted = bench.pass_over(images_NCHW, record_moments=True, tasks_N=tasks_N)
         factors = method.merged(backbone, observation, adapted)
-        backbone.detach()
-        backbone.load_merges(method.weights_at_rest([*earlier, factors]))
-        features_ND, merged = bench.pass_over(images_NCHW, record_moments=method.remembers_moments)
+        bench.rest(method, [*earlier, factors])
+        modules = method.recorded_modules(backbone)
+        features_ND, merged = bench.pass_over(images_NCHW, method.remembers_moments, modules=modules, tasks_N=tasks_N)
         method.end_task(observation, adapted, merged)
+    method.learn_classifier(features_ND, labels_N)
     head_CD = trained.tensors.get("head")
     statistics = ClassStatistics.of(features_ND, labels_N, len(classes), per_class=settings.head.alignment)
     if head_CD is None:
@@ -171,7 +196,7 @@ def _consolidate(
     sizes = [len(classes)]
     if chain:
         before = chain[-1]
-        old = _statistics(before)
+        old = statistics_of(before)
         if settings.head.drift == "linear" and method.trains:
             old = old.transported(drift_map(observed.tensors["features"], features_ND, settings.head.drift_ridge))
         statistics = old.joined(statistics)
@@ -201,68 +226,3 @@ def _consolidate(
     seen = [*(chain[-1].meta["classes"] if chain else []), *classes]
     parent = chain[-1].digest if chain else bench.root_key
     return tensors, {"classes": seen, "task_sizes": sizes, "parent_digest": parent, "facts": method.facts}
-
-
-def _statistics(state: Artifact) -> ClassStatistics:
-    tensors = state.tensors
-    return ClassStatistics(
-        tensors["class_means"], tensors["class_counts"], tensors["class_scatter"], tensors.get("class_covariances")
-    )
-
-
-def _evaluate(
-    bench: Workbench, node: StepNode, chain: Chain, observed: Artifact, state: Artifact
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Accuracy on every task seen so far, over all seen classes, no task id; and two probes for forward transfer."""
-    assert node.split is not None
-    settings, backbone = bench.settings, bench.backbone
-    method = build_method(settings.method)
-    kind: Any = classifier_choice(settings)
-    seen = state.meta["classes"]
-    weight_CD, bias_C = linear_classifier(kind, state.tensors["head"], _statistics(state), settings.head.shrinkage)
-    backbone.load_merges(method.weights_at_rest([merge_factors(a) for a in (*chain, state)]))
-    rows = bench.indices(seen, node.split)
-    labels_N = bench.labels(rows, seen)
-    features_ND, _ = bench.pass_over(bench.images(rows))
-    predicted_N = F.linear(features_ND, weight_CD, bias_C).argmax(-1)
-    right_N = predicted_N == labels_N
-    position_of = {label: index for index, label in enumerate(seen)}
-    correct, count = [], []
-    for index in node.prefix:
-        inside_N = torch.isin(labels_N, torch.tensor([position_of[label] for label in bench.tasks[index].classes]))
-        correct.append(int(right_N[inside_N].sum()))
-        count.append(int(inside_N.sum()))
-    meta: dict[str, Any] = {"split": node.split, "classifier": kind, "correct": correct, "count": count}
-    if not method.joint:
-        meta |= _forward_probes(bench, node, chain, observed, method)
-    return {"classifier.weight": weight_CD, "classifier.bias": bias_C}, meta
-
-
-def _forward_probes(
-    bench: Workbench, node: StepNode, chain: Chain, observed: Artifact, method: Method
-) -> dict[str, float]:
-    """In-task accuracy (%) of class means on a task before it is trained: with the earlier tasks' backbone, and frozen.
-
-    Their difference is the task's forward transfer. Ours: a head for unseen classes doesn't exist in
-    class-incremental learning, so class means of the task's own training images stand in for it.
-    """
-    assert node.split is not None
-    classes = bench.tasks[node.prefix[-1]].classes
-    train, scored = bench.indices(classes, "train"), bench.indices(classes, node.split)
-
-    def accuracy(train_features_ND: Tensor) -> float:
-        features_ND, _ = bench.pass_over(bench.images(scored))
-        means_CD = ClassStatistics.of(train_features_ND, bench.labels(train, classes), len(classes)).means_CD
-        predicted_N = F.linear(F.normalize(features_ND, dim=-1), F.normalize(means_CD, dim=-1)).argmax(-1)
-        return 100 * float((predicted_N == bench.labels(scored, classes)).double().mean())
-
-    bench.backbone.load_merges(method.weights_at_rest([merge_factors(a) for a in chain]))
-    before = accuracy(observed.tensors["features"])
-    if not chain or not method.trains:
-        return {"probe_before": before, "probe_frozen": before}
-    memo = (classes, node.split)
-    if memo not in bench.frozen_probes:
-        bench.backbone.load_merges([])
-        frozen_ND, _ = bench.pass_over(bench.images(train))
-        bench.frozen_probes[memo] = accuracy(frozen_ND)
-    return {"probe_before": before, "probe_frozen": bench.frozen_probes[memo]}

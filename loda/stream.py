@@ -37,6 +37,12 @@ def published_class_order(seed: int, classes: int) -> tuple[int, ...]:
     return tuple(np.random.RandomState(seed).permutation(classes).tolist())
 
 
+def cut_classes(order: Sequence[int], tasks: int) -> tuple[Task, ...]:
+    """Tasks of nearly equal size from classes in an order; the first ones get the remainder."""
+    cut = np.array_split(np.asarray(order), tasks)
+    return tuple(Task(f"task-{i + 1:02d}", tuple(sorted(part.tolist()))) for i, part in enumerate(cut))
+
+
 def partition_classes(
     dataset: ImageDataset, tasks: int | None, partition_seed: int, kind: str = "auto"
 ) -> tuple[Task, ...]:
@@ -86,8 +92,7 @@ def partition_classes(
         order = published_class_order(partition_seed, classes)
     else:
         order = tuple(np.random.default_rng(partition_seed).permutation(classes).tolist())
-    cut = np.array_split(np.asarray(order), tasks or 1)
-    return tuple(Task(f"task-{i + 1:02d}", tuple(sorted(part.tolist()))) for i, part in enumerate(cut))
+    return cut_classes(order, tasks or 1)
 
 
 def _natural_tasks(groups: Sequence[str], tasks: int | None, seed: int) -> tuple[Task, ...]:

@@ -30,7 +30,7 @@ class Subspace:
     ridge: Tensor
 
 
-def _fix_signs(basis_LDr: Tensor) -> Tensor:
+def fix_signs(basis_LDr: Tensor) -> Tensor:
     """Make the largest entry of each column positive: eigenvectors have no sign of their own, digests need one."""
     largest = basis_LDr.abs().argmax(dim=-2, keepdim=True)
     signs = basis_LDr.gather(-2, largest).sign()
@@ -59,7 +59,7 @@ def general_subspace(S_LDD: Tensor, rank: int, energy: float | None = None) -> S
     eigenvalues_LD, vectors_LDD = torch.linalg.eigh(S_LDD)
     eigenvalues_LD = eigenvalues_LD.flip(-1)
     ranks_L = rank_by_energy(eigenvalues_LD, energy, rank)
-    basis_LDr = _fix_signs(vectors_LDD.flip(-1)[..., :rank])
+    basis_LDr = fix_signs(vectors_LDD.flip(-1)[..., :rank])
     return Subspace(_cut(basis_LDr, ranks_L), eigenvalues_LD, ranks_L, torch.zeros_like(eigenvalues_LD[:, 0]))
 
 
@@ -101,5 +101,5 @@ def isolated_subspace(S_new_LDD: Tensor, S_old_LDD: Tensor, rank: int, energy: f
     directions_LDr = torch.linalg.solve_triangular(factor_LDD.mT, top_LDr, upper=True)
     # Columns differ in length by the spread of S_old's spectrum; QR is safer on unit columns and spans the same.
     directions_LDr = directions_LDr / directions_LDr.norm(dim=-2, keepdim=True)
-    basis_LDr = _fix_signs(torch.linalg.qr(directions_LDr).Q)
+    basis_LDr = fix_signs(torch.linalg.qr(directions_LDr).Q)
     return Subspace(_cut(basis_LDr, ranks_L), eigenvalues_LD, ranks_L, ridge_L)

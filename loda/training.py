@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +32,24 @@ class TrainingLog:
 
 
 def trainable_parameters(model: Backbone) -> list[Tensor]:
-    """The branch tensors that are trained, layer after layer."""
-    return [
-        parameter
-        for branched in model.attached.values()
-        for parameter in branched.branches.parameters()
-        if parameter.requires_grad
+    """The attached tensors that are trained, layer after layer, then those that all layers share."""
+    tensors = [tensor for branched in model.attached.values() for tensor in branched.trainable()]
+    return [*tensors, *(parameter for parameter in model.shared.parameters() if parameter.requires_grad)]
+
+
+def build_optimizer(
+    branch_parameters: list[Tensor], head_parameters: list[Tensor], training: TrainingSettings
+) -> torch.optim.Optimizer:
+    """The run's optimiser, the branches' parameters first; Adam's other values are torch's defaults."""
+    groups = [
+        {"params": branch_parameters, "lr": training.lr},
+        {"params": head_parameters, "lr": training.head_lr or training.lr},
     ]
+    options: dict[str, Any] = {"lr": training.lr, "weight_decay": training.weight_decay, "foreach": True}
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=training.momentum, **options)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return kinds[training.optimizer](groups, **options)
 
 
 def train_task(
@@ -51,8 +63,9 @@ def train_task(
     draw_names: tuple[object, ...],
     group: WorkerGroup,
     on_epoch: EpochCallback | None = None,
+    tasks_N: Tensor | None = None,
 ) -> TrainingLog:
-    """Train the attached branches and the task's head: SGD, learning rate cosine per epoch.
+    """Train the attached branches and the task's head: learning rate cosine per epoch.
 
     Args:
         images_NCHW: uint8 training images of the task.
@@ -60,22 +73,14 @@ def train_task(
         draw_names: what, beside ``training.seed``, names this task's random draws.
         group: data-parallel workers; each computes its share of every batch (or half batch, under GAO), so the
             batches are those of a single worker and gradients agree with its up to rounding.
+        tasks_N: each image's task, for the joint methods that know it.
 
     Raises:
         StageError: the loss is no longer finite.
     """
     branch_parameters = trainable_parameters(model)
     head_parameters: list[Tensor] = list(head.parameters())
-    optimizer = torch.optim.SGD(
-        [
-            {"params": branch_parameters, "lr": training.lr},
-            {"params": head_parameters, "lr": training.head_lr or training.lr},
-        ],
-        lr=training.lr,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-        foreach=True,
-    )
+    optimizer = build_optimizer(branch_parameters, head_parameters, training)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / training.epochs))
     )
@@ -87,6 +92,8 @@ def train_task(
         step=optimizer.step,
         reduce_gradients=group.sum_,
         generator=generator(training.seed, "method", *draw_names),
+        model=model,
+        lr=lambda: float(optimizer.param_groups[0]["lr"]),
     )
     losses, seconds = [], []
     for epoch in range(training.epochs):
@@ -94,7 +101,8 @@ def train_task(
         total, batches = 0.0, 0
         for index_B in torch.randperm(len(labels_N), generator=order_draws).split(training.batch_size):
             views_BCHW = augment(images_NCHW[index_B].to(model.device).float() / 255, training.augmentation, view_draws)
-            batch = _batch(model, head, model.normalize(views_BCHW), labels_N[index_B], head_settings, group)
+            inputs_BCHW, tasks_B = model.normalize(views_BCHW), None if tasks_N is None else tasks_N[index_B]
+            batch = _batch(model, method, head, inputs_BCHW, labels_N[index_B], head_settings, group, tasks_B)
             loss = torch.tensor(method.training_step(learner, batch), dtype=torch.float64)
             group.sum_([loss])
             total += float(loss)
@@ -120,22 +128,32 @@ def train_task(
 
 def _batch(
     model: Backbone,
+    method: Method,
     head: CosineHead,
     inputs_BCHW: Tensor,
     labels_B: Tensor,
     settings: HeadSettings,
     group: WorkerGroup,
+    tasks_B: Tensor | None = None,
 ) -> Batch:
     labels_B = labels_B.to(model.device)
+    tasks_B = None if tasks_B is None else tasks_B.to(model.device)
     parameters = [*trainable_parameters(model), *head.parameters()] if group.size > 1 else []
 
     def loss_of(indices: Tensor) -> Tensor:
+        loss, penalty = data_loss(indices), method.penalty(model)
+        return loss if penalty is None else loss + penalty / group.size
+
+    def data_loss(indices: Tensor) -> Tensor:
         share = group.share(indices)
-        if len(share) == 0:  # more workers than images: an empty share still has a (zero) gradient to sum
+        if (
+            len(share) == 0 and not method.exchanges_in_forward
+        ):  # more workers than images: an empty share still has a (zero) gradient to sum
             return torch.stack([(parameter * 0).sum() for parameter in parameters]).sum()
         whole = len(share) == len(labels_B)
-        features = model.features(inputs_BCHW if whole else inputs_BCHW[share])
+        tasks = tasks_B if tasks_B is None or whole else tasks_B[share]
+        features = model.features(inputs_BCHW if whole else inputs_BCHW[share], tasks)
         labels = labels_B if whole else labels_B[share]
         return cosface_loss(head(features), labels, settings.scale, settings.margin) / len(indices)
 
-    return Batch(labels=labels_B, loss_of=loss_of)
+    return Batch(labels=labels_B, loss_of=loss_of, tasks=tasks_B)

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loda.backbone import Backbone, build_backbone
 from loda.datasets import ImageDataset, load_dataset
 from loda.distributed import WorkerGroup
 from loda.errors import ConfigError
 from loda.methods import build_method
-from loda.moments import LayerMoments, MomentRecorder
+from loda.methods.base import Method
+from loda.moments import LayerMoments, MomentRecorder, by_width
 from loda.settings import RunSettings
 from loda.state import Artifact
 from loda.stream import Task, partition_classes, split_indices
@@ -84,24 +85,52 @@ class Workbench:
         position = {label: index for index, label in enumerate(classes)}
         return torch.tensor([position[int(label)] for label in self.dataset.labels[rows]], dtype=torch.int64)
 
+    def tasks_of(self, method: Method, prefix: Sequence[int], rows: np.ndarray) -> Tensor | None:
+        """Which task of the prefix each row's image is of, (n,) int64, where the method may know it; else None."""
+        if not (method.knows_tasks or method.needs_task_id):
+            return None
+        task_of = {label: t for t, index in enumerate(prefix) for label in self.tasks[index].classes}
+        return torch.tensor([task_of[int(label)] for label in self.dataset.labels[rows]], dtype=torch.int64)
+
+    def rest(self, method: Method, factors: Sequence[Mapping[str, Tensor]]) -> None:
+        """Bring the backbone to what the method predicts with after the tasks of these merged factors."""
+        self.backbone.detach()
+        self.backbone.load_merges(method.weights_at_rest(factors))
+        method.attach_for_prediction(self.backbone)
+
     @torch.inference_mode()
-    def pass_over(self, images_NCHW: Tensor, record_moments: bool = False) -> tuple[Tensor, LayerMoments | None]:
+    def pass_over(
+        self,
+        images_NCHW: Tensor,
+        record_moments: bool = False,
+        *,
+        modules: Mapping[str, nn.Module] | None = None,
+        tasks_N: Tensor | None = None,
+    ) -> tuple[Tensor, LayerMoments | None]:
         """One forward pass without gradient: features (n, D) float32 on the CPU and, if asked, the layers' moments.
 
         Workers take a share of each batch; sums and features are exchanged at the end.
+
+        Args:
+            images_NCHW: uint8.
+            record_moments: of the inputs of ``modules``, linear layers by name; None: of the adapted layers.
+            modules: see ``record_moments``.
+            tasks_N: each image's task, for methods that need it.
         """
         backbone = self.backbone
         recorder = None
         if record_moments:
-            modules = {name: backbone.model.get_submodule(name) for name in backbone.layers}
-            recorder = MomentRecorder(modules, backbone.layers_by_width, backbone.device)
+            if modules is None:
+                modules = {name: backbone.model.get_submodule(name) for name in backbone.layers}
+            recorder = MomentRecorder(modules, by_width(modules), backbone.device)
         features_ND = torch.zeros(len(images_NCHW), backbone.feature_width, device=backbone.device)
         try:
             for batch in torch.arange(len(images_NCHW)).split(self.settings.compute.batch_size):
                 share = self.group.share(batch)
                 if len(share):
                     inputs = backbone.normalize(images_NCHW[share].to(backbone.device).float() / 255)
-                    features_ND[share.to(backbone.device)] = backbone.features(inputs)
+                    tasks = None if tasks_N is None else tasks_N[share].to(backbone.device)
+                    features_ND[share.to(backbone.device)] = backbone.features(inputs, tasks)
         finally:
             if recorder is not None:
                 recorder.close()
@@ -121,6 +150,20 @@ def merge_factors(artifact: Artifact) -> dict[str, Tensor]:
 def memory_tensors(artifact: Artifact) -> dict[str, Tensor]:
     """What the method remembers after a task."""
     return {name.removeprefix("memory/"): t for name, t in artifact.tensors.items() if name.startswith("memory/")}
+
+
+def method_after(bench: Workbench, chain: Sequence[Artifact]) -> Method:
+    """The run's method with what it remembers after these consolidated stages, first task first."""
+    method = build_method(bench.settings.method)
+    memory = memory_tensors(chain[-1]) if chain else {}
+    if memory:
+        method.load_state_tensors(memory, bench.backbone)
+    return method
+
+
+def memory_bytes(artifact: Artifact) -> int:
+    """What the method keeps between tasks beside the merged weights, the heads and the class statistics."""
+    return sum(tensor.nbytes for tensor in memory_tensors(artifact).values())
 
 
 def open_workbench(
@@ -148,6 +191,7 @@ def open_workbench(
         dataset = dataset or load_dataset(settings.stream.dataset)
         stream = settings.stream
         tasks = partition_classes(dataset, stream.tasks, stream.partition_seed, stream.partition)
+        problems += build_method(settings.method).stream_problems(len(tasks))
         splits = split_indices(dataset, stream.validation, stream.partition_seed)
     except ConfigError as error:
         problems += error.problems

@@ -19,14 +19,36 @@ def method_rows() -> list[dict[str, Any]]:
             "summary": method.summary,
             "mergeable": method.mergeable,
             "needs_task_id": method.needs_task_id,
+            "memory_growth": method.memory_growth,
+            "reconstructed": method.reconstructed,
             "joint": method.joint,
             "trains": method.trains,
             "source": method.source,
             "version": method.version,
             "settings": {name: str(field.annotation) for name, field in method.Settings.model_fields.items()},
+            "published": dict(method.published),
         }
         for method in registry().values()
     ]
+
+
+def preset_options(name: str) -> dict[str, str]:
+    """The values of a method's paper by key path, written as ``-s`` takes them.
+
+    Raises:
+        ConfigError: unknown method.
+    """
+    from loda.methods import preset
+
+    try:
+        values = preset(name)
+    except ValueError as error:
+        raise ConfigError(f"--preset: {error}") from error
+    # No spaces: the shell must not cut a value in two.
+    return {
+        path: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        for path, value in values.items()
+    }
 
 
 def _run_row(folder: Path) -> dict[str, Any]:
@@ -41,6 +63,12 @@ def _run_row(folder: Path) -> dict[str, Any]:
     if summary.is_file():
         values = json.loads(summary.read_bytes())
         row |= {"state": "finished", "a_last": values["a_last"]["mean"], "a_avg": values["a_avg"]["mean"]}
+    elif (folder / "robustness.json").is_file():
+        values = json.loads((folder / "robustness.json").read_bytes())
+        baseline = values["spread"].get(values["baseline"], {})
+        row |= {key: baseline[key]["mean"] for key in ("a_last", "a_avg") if key in baseline}
+        if values["completeness"]["complete"]:
+            row |= {"method": " / ".join(values["variants"]), "state": "finished (robustness)"}
     return row
 
 
@@ -90,7 +118,8 @@ def export_study(folder: Path, directory: Path, order: str | None) -> dict[str, 
 
 def experiment_of(study: str | None, store_uri: str) -> str | None:
     """MLflow's experiment id of a study that was run; None: the newest run's, or none at all."""
-    summaries = sorted(Path("runs").glob("*/summary.json"), key=lambda file: file.stat().st_mtime)
+    documents = [file for name in ("summary", "robustness") for file in Path("runs").glob(f"*/{name}.json")]
+    summaries = sorted(documents, key=lambda file: file.stat().st_mtime)
     chosen = [file for file in summaries if study in (None, file.parent.name)]
     if study is not None and not chosen:
         raise ConfigError(f"--study: no finished study {study!r} in runs/")

@@ -56,11 +56,11 @@ def evaluate(
     return Judged(dict(settings), results)
 
 
-def walk_here(session: Session, settings: Mapping[str, Any], watcher: Watcher) -> None:
-    """The same walk, in this process."""
+def walk_here(session: Session, settings: Mapping[str, Any], watcher: Watcher, name: str = "local") -> None:
+    """The same walk, in this process; ``name`` stands for Tune's id of the trial."""
 
     class Here:  # what the watcher reads of a Tune trial
-        trial_id = "local"
+        trial_id = name
         config: dict[str, Any] = {"settings": dict(settings)}  # noqa: RUF012
         last_result: dict[str, Any] = {}  # noqa: RUF012
 

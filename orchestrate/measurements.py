@@ -19,7 +19,7 @@ from loda.metrics import accuracy_matrix_summary
 
 PACKAGES = (
     "loda-orchestrate", "torch", "torchvision", "timm", "ray", "optuna", "mlflow", "numpy", "scipy", "pandas",
-    "pyarrow", "safetensors", "pydantic", "pillow",
+    "statsmodels", "pyarrow", "safetensors", "pydantic", "pillow",
 )  # fmt: skip
 
 
@@ -63,7 +63,8 @@ def stage_metrics(
     Returns:
         ``accuracy_seen`` (percent of all images of the classes seen so far), ``accuracy_seen_macro`` (mean over tasks),
         ``a_avg`` and ``forgetting`` so far, ``accuracy_on/<task>``, what the method reports of each layer
-        (``rank_general/<layer>`` ...) with its mean over layers, ``seconds/<step>``, ``loss_last``.
+        (``rank_general/<layer>`` ...) with its mean over layers, ``seconds/<step>``, ``loss_last``,
+        ``trainable_parameters``, ``seconds_per_image`` (all epochs of one training image: observed, learned, merged).
     """
     last = evaluations[-1].meta
     correct, count = np.asarray(last["correct"], dtype=float), np.asarray(last["count"], dtype=float)
@@ -86,6 +87,11 @@ def stage_metrics(
         found["loss_last"] = losses[-1]
     seconds = {name: float(step.timings.get("seconds", 0.0)) for name, step in steps.items()}
     found |= {f"seconds/{name}": value for name, value in seconds.items()} | {"seconds/stage": sum(seconds.values())}
+    if "adapt" in steps and "trainable_parameters" in steps["adapt"].meta:
+        found["trainable_parameters"] = steps["adapt"].meta["trainable_parameters"]
+    if "observe" in steps and steps["observe"].meta.get("images"):
+        learned = sum(seconds.get(name, 0.0) for name in ("observe", "adapt", "consolidate"))
+        found["seconds_per_image"] = learned / steps["observe"].meta["images"]
     return {metric_name(name): float(value) for name, value in found.items() if math.isfinite(value)}
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from loda.backbone import Backbone
-from loda.errors import StageError
+from loda.errors import ConfigError, StageError
 from loda.methods import build_method
 from loda.settings import RunSettings
 from loda.state import Artifact
@@ -48,15 +48,19 @@ def write_merged(
         The contents of ``config.json``; ``label_names`` are the classes in the order of the head's rows.
 
     Raises:
+        ConfigError: the method's result isn't one plain model.
         StageError: the artifacts don't belong together, or timm's model doesn't give the logits that ours gives.
     """
+    method = build_method(settings.method)
+    if method.export_refusal:
+        raise ConfigError(f"{method.name} can't be exported as one plain model: {method.export_refusal}")
     classes = chain[-1].meta["classes"]
     weight_CD, bias_C = evaluation.tensors["classifier.weight"], evaluation.tensors["classifier.bias"]
     if len(weight_CD) != len(classes):
         raise StageError(f"the classifier has {len(weight_CD)} rows, but the sequence learned {len(classes)} classes")
     backbone = bench.backbone
     architecture, model_args = _plain_timm(backbone.config)
-    merges = build_method(settings.method).weights_at_rest([merge_factors(artifact) for artifact in chain])
+    merges = method.weights_at_rest([merge_factors(artifact) for artifact in chain])
     backbone.load_merges(merges)
     try:
         state = {name: tensor.detach().cpu().clone() for name, tensor in backbone.model.state_dict().items()}

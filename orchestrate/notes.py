@@ -29,14 +29,16 @@ def study_note(study: Study, values: Mapping[str, Any] | None) -> str:
     if values is None:
         return "\n".join([*lines, f"Interrupted? `orchestrate resume {study.name}` goes on."])
     lines += [*_table(values), ""]
+    compared = "spread" in values
     lines += [
-        "**Artifacts**: `report.html` (everything on one page), `figures/`, the tables as Parquet, the merged model. "
+        "**Artifacts**: `report.html` (everything on one page), `figures/`, the tables as Parquet"
+        f"{'' if compared else ', the merged model'}. "
         "**Per-order runs** have the same metrics with the task's position as the step: select them and compare.",
         "",
         "```",
         f"orchestrate show {study.name}",
         f"orchestrate report {study.name}",
-        f"orchestrate export {study.name} DIR",
+        *([] if compared else [f"orchestrate export {study.name} DIR"]),
         "```",
     ]
     return "\n".join(lines)
@@ -64,10 +66,36 @@ def _result(study: Study, values: Mapping[str, Any] | None) -> str:
     """The one line that MLflow shows of a folded description."""
     if values is None:
         return f"{study.name}: {study.method.name}, running"
+    if "spread" in values:
+        return f"{study.name}: {len(values['spread'])} variants over {len(values['orders'])} task orders"
     return f"{study.name}: {study.method.name}, A_last {values['a_last']['mean']:.2f} %{_interval(values['a_last'])}"
 
 
 def _table(values: Mapping[str, Any]) -> list[str]:
+    return [*(_variants(values) if "spread" in values else _one_setting(values)), *_cost(values)]
+
+
+def _variants(values: Mapping[str, Any]) -> list[str]:
+    """A robustness study: a row for each variant that is complete."""
+    rows = ["| | A_last, mean ± std over orders | worst order | A_avg |", "|---|---|---|---|"]
+    for name, block in values["spread"].items():
+        last, average = block["a_last"], block["a_avg"]
+        spread = "" if last["std"] is None else f" ± {last['std']:.2f}"
+        shown = "" if average["mean"] is None else f"{average['mean']:.2f} %"
+        rows.append(f"| {name} | **{last['mean']:.2f} %**{spread} | {last['worst']:.2f} % | {shown} |")
+    return rows
+
+
+def _cost(values: Mapping[str, Any]) -> list[str]:
+    requested, run, reused = (values[f"stages_{kind}"] for kind in ("requested", "run", "reused"))
+    blanks = " |" * (3 if "spread" in values else 1)
+    return [
+        f"| stages | {requested} asked for, {run} computed, {reused} shared or reused{blanks}",
+        f"| time | {values['wall_seconds']:.0f} s, {values['stage_seconds']:.0f} worker-seconds of stages{blanks}",
+    ]
+
+
+def _one_setting(values: Mapping[str, Any]) -> list[str]:
     last, orders = values["a_last"], len(values["a_last"]["per_order"])
     worst = min(last["per_order"], key=last["per_order"].get)
     rows = [
@@ -85,9 +113,6 @@ def _table(values: Mapping[str, Any]) -> list[str]:
         counted = ", ".join(f"{count} {state}" for state, count in states.items())
         rows.append(f"| best setting | {setting} |")
         rows.append(f"| search | trial-{best['trial']:04d}: {scores} on validation images ({counted}) |")
-    requested, run, reused = (values[f"stages_{kind}"] for kind in ("requested", "run", "reused"))
-    rows.append(f"| stages | {requested} asked for, {run} computed, {reused} shared or reused |")
-    rows.append(f"| time | {values['wall_seconds']:.0f} s, {values['stage_seconds']:.0f} worker-seconds of stages |")
     return rows
 
 

@@ -1,50 +1,50 @@
 """Task orders: which ones a search tunes on, and which others the chosen setting is judged on.
 
-Both lists come from one seeded sequence of all orders, read from its two sides, so that they never meet:
+Two kinds, never mixed up: in a **task order** a fixed partition of the classes into tasks is permuted; in a **class
+order** the classes are permuted and then cut into tasks, so that every order has tasks of its own (the published
+protocol). Designs choose task orders (``orchestrate.designs``, ``extremes``, ``order_files``), seeds class orders.
 
-- up to 8 tasks (40,320 orders) the sequence is a shuffle of all orders: evaluation reads from the front, tuning from
-  the back, until they would touch;
-- beyond, a bit of SHA-256(seed, order) says on which side an order lies, and each side draws from its own generator,
-  leaving out what lies on the other side or has been drawn.
-
-Hence, for one seed: more evaluation orders keep the earlier ones, more tuning orders likewise, and neither count
-changes the other list. Results stay usable when a study grows.
+For one seed, more evaluation orders keep the earlier ones, more tuning orders likewise, and neither count changes the
+other list (but for ``extremes``, whose tuning orders make way for the evaluated ones): results stay usable when a study
+grows.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from loda.errors import ConfigError
+from loda.stream import cut_classes, published_class_order
+from orchestrate.designs import ALL_LIMIT, DRAW_LIMIT, Order, all_orders, balanced_orders, random_orders, tree_orders
+from orchestrate.extremes import extreme_orders
+from orchestrate.order_files import orders_from_file
 
-Order = tuple[int, ...]
+__all__ = ["ALL_LIMIT", "DESIGNS", "DRAW_LIMIT", "Order", "OrderPlan", "design_class_orders", "design_orders"]
 
-DESIGNS = ("random", "all", "file")
-ALL_LIMIT = 7  # tasks: 5,040 orders
-DRAW_LIMIT = 20_000  # orders of one kind where all can't be listed; far below the 181,440 a side of 9 tasks
-_SHUFFLE_LIMIT = 8  # tasks: 40,320 orders are shuffled as a list
+DESIGNS = ("random", "all", "balanced", "tree", "extremes", "file")
+CLASS_SEED_LIMIT = 2**32  # numpy's np.random.seed takes no more
 
 
 @dataclass(frozen=True)
 class OrderPlan:
-    """Orders of one study; each is a tuple of task indices, and no order is in both lists.
+    """Orders of one study; no order is in both lists.
 
     Attributes:
-        design: "random" | "all" | "file".
+        design: one of ``DESIGNS``; "published" for class orders.
         tasks: how many tasks an order holds.
         seed: of the draw; "file" doesn't use it.
         tune: orders that the search scores settings on (validation images).
         evaluate: orders that the chosen setting is judged on (test images).
+        kind: "task": an order is a tuple of task indices. "class": it is a tuple of all class labels, cut into tasks.
+        depth: design "tree": how many tasks the orders of one root share.
+        hardness: design "extremes": of each evaluation order, 0 easy to 1 hard.
+        class_seeds: kind "class": the seeds of "tune" and "evaluate".
     """
 
     design: str
@@ -52,10 +52,24 @@ class OrderPlan:
     seed: int
     tune: tuple[Order, ...]
     evaluate: tuple[Order, ...]
+    kind: str = "task"
+    depth: int | None = None
+    hardness: tuple[float, ...] | None = None
+    class_seeds: Mapping[str, tuple[int, ...]] | None = None
+
+    def roots(self, part: str) -> tuple[str, ...]:
+        """A label for each order of "tune" or "evaluate"; orders with one label begin alike by design.
+
+        Statistics over orders must take such orders as one sample. Outside trees every order has a label of its own.
+        """
+        if self.class_seeds is not None:
+            return tuple(f"class-{seed}" for seed in self.class_seeds[part])
+        return tuple("-".join(map(str, order[: self.depth])) for order in getattr(self, part))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, for the record of the study."""
-        return json.loads(json.dumps(asdict(self)))
+        roots = {part: self.roots(part) for part in ("tune", "evaluate")}
+        return json.loads(json.dumps(asdict(self) | {"roots": roots}))
 
 
 def design_orders(
@@ -67,18 +81,26 @@ def design_orders(
     *,
     file: str | Path | None = None,
     task_names: Sequence[str] | None = None,
+    roots: int | None = None,
+    continuations: int | None = None,
+    depth: int | None = None,
+    similarity_TT: np.ndarray | None = None,
 ) -> OrderPlan:
-    """Choose the orders of a study.
+    """Choose the task orders of a study.
 
     Args:
         design: ``random``: distinct orders, drawn with ``seed``. ``all``: every order that tuning doesn't use is
-            evaluated, at most 7 tasks; ``evaluate`` isn't read. ``file``: as listed in ``file``.
+            evaluated, at most 7 tasks; ``evaluate`` isn't read. ``balanced``: Williams squares. ``tree``: ``roots``
+            beginnings of ``depth`` tasks, each with ``continuations``; ``evaluate`` isn't read. ``extremes``: from easy
+            to hard by ``similarity_TT``. ``file``: as listed in ``file``.
         tasks: how many tasks the stream has.
         tune, evaluate: how many orders of each kind.
         seed: not negative; neither the partition seed nor the training seed.
         file: YAML or JSON: ``{tune: [[0, 1, 2], ...], evaluate: [...]}``, of which the first ``tune`` and ``evaluate``
             are taken, or one list, of which ``evaluate`` are taken from the front and ``tune`` from the back.
         task_names: makes messages clearer, and lets the file name tasks instead of counting them from 0.
+        roots, continuations, depth: of a tree.
+        similarity_TT: (T, T) symmetric similarity of tasks.
 
     Raises:
         ConfigError: all problems; with too few distinct orders it says how many exist.
@@ -86,135 +108,77 @@ def design_orders(
     problems = []
     if design not in DESIGNS:
         problems.append(f"orders.design: expected one of {', '.join(DESIGNS)}, but got {design!r}")
-    for key, value, least in (("tune", tune, 0), ("evaluate", evaluate, 0), ("seed", seed, 0)):
-        if value < least:
+    for key, value in (("tune", tune), ("evaluate", evaluate), ("seed", seed)):
+        if value < 0:
             problems.append(f"orders.{key}: must not be negative, but got {value}")
     if tasks < 1:
         problems.append(f"orders: a stream needs at least one task, but has {tasks}")
     if (design == "file") != (file is not None):
         problems.append("orders.file: give a file with design: file, and only then")
+    for key, size in (("roots", roots), ("continuations", continuations), ("depth", depth)):
+        if design == "tree" and (size is None or size < 1):
+            problems.append(f"orders.{key}: design: tree needs it, at least 1, but got {size}")
     if problems:
         raise ConfigError(problems)
     if design == "file":
         assert file is not None
-        chosen = _from_file(Path(file), tasks, tune, evaluate, task_names)
+        chosen = orders_from_file(Path(file), tasks, tune, evaluate, task_names)
     elif design == "all":
-        chosen = _all_orders(tasks, tune, seed)
+        chosen = all_orders(tasks, tune, seed)
+    elif design == "balanced":
+        chosen = balanced_orders(tasks, tune, evaluate, seed)
+    elif design == "tree":
+        assert roots is not None and continuations is not None and depth is not None
+        chosen = tree_orders(tasks, tune, seed, roots, continuations, depth)
+        return OrderPlan(design, tasks, seed, *chosen, depth=depth)
+    elif design == "extremes":
+        assert similarity_TT is not None, "extremes are chosen by task similarity"
+        chosen, hardness = extreme_orders(tasks, tune, evaluate, seed, similarity_TT)
+        return OrderPlan(design, tasks, seed, *chosen, hardness=hardness)
     else:
-        chosen = _random_orders(tasks, tune, evaluate, seed)
+        chosen = random_orders(tasks, tune, evaluate, seed)
     return OrderPlan(design, tasks, seed, *chosen)
 
 
-def _shuffled(tasks: int, seed: int) -> list[Order]:
-    orders = list(itertools.permutations(range(tasks)))
-    return [orders[i] for i in np.random.default_rng(seed).permutation(len(orders))]
+def design_class_orders(class_seeds: Sequence[int], classes: int, tasks: int, tune: int, seed: int) -> OrderPlan:
+    """Choose the class orders of a study: ``np.random.seed(s)``, ``np.random.permutation(classes)``, then cut.
 
+    Args:
+        class_seeds: of the evaluation orders; published: 1993, 1996, 1997 (He et al. 2026).
+        classes, tasks: how many there are; the first tasks get the remainder.
+        tune: how many tuning orders; their seeds are drawn with ``seed`` and differ from ``class_seeds``.
 
-def _two_sides(sequence: Sequence[Order], tune: int, evaluate: int) -> tuple[tuple[Order, ...], tuple[Order, ...]]:
-    """Tuning orders from the back, evaluation orders from the front."""
-    return tuple(sequence[::-1][:tune]), tuple(sequence[:evaluate])
-
-
-def _all_orders(tasks: int, tune: int, seed: int) -> tuple[tuple[Order, ...], tuple[Order, ...]]:
-    count = math.factorial(tasks)
-    if tasks > ALL_LIMIT:
-        raise ConfigError(
-            f"orders.design: all orders of {tasks} tasks are {count:,}; at most {ALL_LIMIT} tasks "
-            f"({math.factorial(ALL_LIMIT):,} orders) are supported, use design: random"
-        )
-    if tune >= count:
-        raise ConfigError(
-            f"orders.tune: {tune} tuning orders leave none to evaluate: {tasks} tasks have {count} distinct orders"
-        )
-    return _two_sides(_shuffled(tasks, seed), tune, count - tune)
-
-
-def _random_orders(tasks: int, tune: int, evaluate: int, seed: int) -> tuple[tuple[Order, ...], tuple[Order, ...]]:
-    count = math.factorial(tasks)
-    if tasks <= _SHUFFLE_LIMIT:
-        if tune + evaluate > count:
-            raise ConfigError(
-                f"orders: {tune} tuning and {evaluate} evaluation orders must all differ, but {tasks} tasks have only "
-                f"{count:,} distinct orders; ask for fewer, or cut the stream into more tasks"
+    Raises:
+        ConfigError: all problems; orders that come to the same tasks in the same order, which few classes can do.
+    """
+    problems = []
+    if tune > DRAW_LIMIT:
+        problems.append(f"orders.tune: at most {DRAW_LIMIT:,} tuning orders are drawn, but got {tune:,}")
+    made: dict[tuple[tuple[int, ...], ...], int] = {}  # tasks -> seed
+    for class_seed in class_seeds:
+        cut = tuple(task.classes for task in cut_classes(published_class_order(class_seed, classes), tasks))
+        if cut in made:
+            problems.append(
+                f"orders.class_seeds: {made[cut]} and {class_seed} give the same {tasks} tasks of {classes} classes; "
+                "leave one of them out"
             )
-        return _two_sides(_shuffled(tasks, seed), tune, evaluate)
-    if max(tune, evaluate) > DRAW_LIMIT:
-        raise ConfigError(
-            f"orders: at most {DRAW_LIMIT:,} tuning and {DRAW_LIMIT:,} evaluation orders are drawn (of {count:,} that "
-            f"{tasks} tasks have), but got tune {tune:,}, evaluate {evaluate:,}"
-        )
-    return _draw(tasks, tune, seed, side=1), _draw(tasks, evaluate, seed, side=0)
-
-
-def _draw(tasks: int, count: int, seed: int, side: int) -> tuple[Order, ...]:
-    generator = np.random.default_rng([seed, side])
-    drawn: dict[Order, None] = {}
-    while len(drawn) < count:
-        order = tuple(generator.permutation(tasks).tolist())
-        if hashlib.sha256(f"{seed}:{order}".encode()).digest()[0] & 1 == side:
-            drawn[order] = None
-    return tuple(drawn)
-
-
-def _from_file(
-    path: Path, tasks: int, tune: int, evaluate: int, task_names: Sequence[str] | None
-) -> tuple[tuple[Order, ...], tuple[Order, ...]]:
-    where = f"orders.file {str(path)!r}"
-    try:
-        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))  # JSON is YAML, too
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{where} can't be read: {error}") from error
-    if isinstance(content, list):
-        parts = {"list": content}
-    elif isinstance(content, dict) and content and set(content) <= {"tune", "evaluate"}:
-        parts = {key: content.get(key) or [] for key in ("tune", "evaluate")}
-    else:
-        raise ConfigError(f"{where}: expected a list of orders, or a mapping with the lists 'tune' and 'evaluate'")
-    problems: list[str] = []
-    seen: dict[Order, str] = {}
-    read: dict[str, list[Order]] = {}
-    for key, entries in parts.items():
-        read[key] = []
-        if not isinstance(entries, list):
-            problems.append(f"{where}: {key} must be a list of orders, but is {entries!r}")
-            continue
-        for number, entry in enumerate(entries, start=1):
-            place = f"order {number} of {key}"
-            order, found = _read_order(entry, tasks, task_names)
-            problems += [f"{where}: {place} {problem}" for problem in found]
-            if order is None:
-                continue
-            if order in seen:
-                problems.append(f"{where}: {place} is the same as {seen[order]}: {list(order)}")
-            seen.setdefault(order, place)
-            read[key].append(order)
-    wanted = {"list": tune + evaluate} if "list" in parts else {"tune": tune, "evaluate": evaluate}
-    for key, number in wanted.items():
-        if isinstance(parts[key], list) and number > len(parts[key]):
-            problems.append(f"{where}: {number} orders are wanted from {key}, but it holds only {len(parts[key])}")
+        made[cut] = class_seed
     if problems:
         raise ConfigError(problems)
-    if "list" in read:
-        return _two_sides(read["list"], tune, evaluate)
-    return tuple(read["tune"][:tune]), tuple(read["evaluate"][:evaluate])
-
-
-def _read_order(entry: Any, tasks: int, task_names: Sequence[str] | None) -> tuple[Order | None, list[str]]:
-    """An order of a file, or what is wrong with it."""
-    if not isinstance(entry, list):
-        return None, [f"must be a list of {tasks} tasks, but is {entry!r}"]
-    names = list(task_names or ())
-    positions = [names.index(item) if isinstance(item, str) and item in names else item for item in entry]
-    unknown = [p for p in positions if not isinstance(p, int) or isinstance(p, bool) or not 0 <= p < tasks]
-    if unknown:
-        known = f"0 to {tasks - 1}" + (f" or {', '.join(names)}" if names else "")
-        return None, [f"names {', '.join(map(repr, unknown))}, but tasks are {known}"]
-
-    def title(task: int) -> str:
-        return f"{task} ({names[task]})" if names else str(task)
-
-    repeated = [title(task) for task in range(tasks) if positions.count(task) > 1]
-    omitted = [title(task) for task in range(tasks) if task not in positions]
-    problems = [f"repeats task {', '.join(repeated)}"] if repeated else []
-    problems += [f"omits task {', '.join(omitted)}"] if omitted else []
-    return (None, problems) if problems else (tuple(positions), [])
+    generator = np.random.default_rng([seed, 0])
+    found: dict[int, None] = {}
+    for _attempt in range(100 * tune):
+        if len(found) == tune:
+            break
+        class_seed = int(generator.integers(CLASS_SEED_LIMIT))
+        cut = tuple(task.classes for task in cut_classes(published_class_order(class_seed, classes), tasks))
+        if class_seed not in class_seeds and made.setdefault(cut, class_seed) == class_seed:
+            found[class_seed] = None
+    if len(found) < tune:
+        raise ConfigError(
+            f"orders.tune: {classes} classes in {tasks} tasks have too few class orders for {tune} tuning orders "
+            f"beside the {len(class_seeds)} evaluated ones"
+        )
+    seeds = {"tune": tuple(found), "evaluate": tuple(class_seeds)}
+    orders = {part: tuple(published_class_order(s, classes) for s in values) for part, values in seeds.items()}
+    return OrderPlan("published", tasks, seed, orders["tune"], orders["evaluate"], "class", class_seeds=seeds)

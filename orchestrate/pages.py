@@ -22,13 +22,28 @@ def write_pages(session: Session, evaluated: Sequence[OrderResult], values: Mapp
         values: the study's document, which becomes ``summary.json``.
 
     Returns:
+        As :func:`report_pages`.
+    """
+    try:
+        write_facts(session, evaluated)
+    except Exception as error:
+        logger.warning("facts of layers couldn't be written: %s", error)
+    return report_pages(session, values)
+
+
+def report_pages(session: Session, values: Mapping[str, Any] | None) -> list[Path]:
+    """Write ``report.html`` and ``figures/``.
+
+    Args:
+        values: the document of a run or sweep that ends this moment; None: all is in the run folder.
+
+    Returns:
         What MLflow should hold of it: the page and the PNG figures. Empty when the report couldn't be drawn; the study
         is over by then, and its results matter more.
     """
     from orchestrate.report import make_report  # draws: half a second of imports that the search doesn't need
 
     try:
-        write_facts(session, evaluated)
         made = make_report(session.folder, summary=values)
     except Exception as error:  # whatever it is, the results stand
         command = f"orchestrate report {session.study.name}"

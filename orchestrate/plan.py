@@ -3,74 +3,166 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from orchestrate.session import open_session
+from loda.graph import StepNode
+from orchestrate.session import Session, open_session
+from orchestrate.store import StageStore
 from orchestrate.study import Study
-from orchestrate.work import stages_of
+from orchestrate.work import OrderWork
+
+TREE_LIMIT = 1000  # stages: beyond, no picture of them
+SAMPLE = 200  # stored steps that are read for their cost; keys are hashes, so the first ones are as good as any
 
 
 def make_plan(study: Study) -> dict[str, Any]:
-    """Stages asked for, distinct, stored and to run; hours by measured timings once there are any.
+    """Stages asked for, distinct, stored and to run; hours and bytes by measured stages once there are any.
 
     The settings that a search will suggest aren't known beforehand: for them the plan gives the most that can be
-    needed, and counts as shared only what the study file's own setting shares.
+    needed, as if settings shared nothing. What is stored is counted for the study file's own setting, which is also
+    taken for the chosen one.
 
     Raises:
         ConfigError: bad settings, all at once.
     """
     session = open_session(study, search=True)
-    stages = stages_of(session.study, len(session.bench.tasks))
-    own = {
-        "evaluate": [node for work in session.evaluate_orders for node in session.nodes({}, work)],
-        "tune": [node for work in session.tune_orders for node in session.nodes({}, work)],
-    }
-    trials = session.study.search.trials
+    search = session.study.search
+    works = {"tune": session.tune_orders, "evaluate": session.evaluate_orders}
+    own = {kind: [_stages(session.nodes({}, work)) for work in works[kind]] for kind in works}
+    tried, distinct = _distinct(own["tune"]), _distinct(own["evaluate"])
+    tried_steps = _steps(tried)
+    others = search.trials - search.include_defaults  # settings that aren't the study file's own
+    if search.include_defaults:
+        distinct = _distinct([*own["tune"], *own["evaluate"]])
+    steps = _steps(distinct)
+    there = {key for key in steps if session.store.has(key)}
+    to_run = Counter(step for key, step in steps.items() if key not in there)
+    to_run += Counter({step: others * count for step, count in Counter(tried_steps.values()).items()})
+    stored_stages = sum(there.issuperset(_steps({stage: distinct[stage]})) for stage in distinct)
     parts = [
-        {
-            "name": "search",
-            "orders": len(session.tune_orders),
-            "settings": trials,
-            "stages": trials * len(session.tune_orders) * stages,
-            "steps": trials * len(own["tune"]),
-            "note": " (at most: settings share what they don't change)",
-        },
-        {
-            "name": "evaluation",
-            "orders": len(session.evaluate_orders),
-            "settings": 1,
-            "stages": len(session.evaluate_orders) * stages,
-            "steps": len(own["evaluate"]),
-            "note": "",
-        },
+        _part("search", own["tune"], search.trials, " (at most: settings share what they don't change)"),
+        _part("evaluation", own["evaluate"], 1, ""),
     ]
-    distinct = {node.key: node.step for nodes in own.values() for node in nodes}
-    stored = sum(session.store.has(key) for key in distinct)
-    missing = Counter(step for key, step in distinct.items() if not session.store.has(key))
-    others = Counter({step: (trials - 1) * count for step, count in Counter(n.step for n in own["tune"]).items()})
-    to_run = missing + others
-    seconds = session.store.mean_seconds_by_step()
-    expected = None
-    if all(step in seconds for step in to_run):
-        expected = sum(count * seconds[step] for step, count in to_run.items())
-    parallel = session.study.resources.concurrent_trials
-    text = "unknown until the first stages have run here"
-    if expected is not None:
-        minutes = expected / parallel / 60
-        text = f"{expected / 3600:.2f} worker-hours at most, {minutes:.1f} min at {parallel} trials at once"
+    requested = sum(part["stages"] for part in parts)
+    stages_distinct = len(distinct) + others * len(tried)
     return {
         "study": session.study.name,
         "study_digest": session.study.digest,
         "tasks": session.task_names,
-        "orders": {kind: [list(order) for order in getattr(session.order_plan, kind)] for kind in ("tune", "evaluate")},
+        "order_kind": session.order_plan.kind,
+        "order_design": session.order_plan.design,
+        "orders": {kind: [list(work.order) for work in works[kind]] for kind in works},
+        "order_names": {kind: [work.name for work in works[kind]] for kind in works},
         "parts": parts,
-        "stages_requested": sum(int(part["stages"]) for part in parts),  # type: ignore[call-overload]
-        "steps_requested": sum(int(part["steps"]) for part in parts),  # type: ignore[call-overload]
-        "distinct_steps": len(distinct),
-        "stored_steps": stored,
+        "sharing": session.study.resources.sharing,
+        "stages_requested": requested,
+        "stages_distinct": stages_distinct,
+        "stages_stored": stored_stages,
+        "stages_to_run": stages_distinct - stored_stages,
+        "share_saved_percent": 100 * (1 - stages_distinct / requested),
+        "steps_requested": sum(part["steps"] for part in parts),
+        "distinct_steps": len(steps),
+        "stored_steps": len(there),
         "steps_to_run": sum(to_run.values()),
-        "expected_worker_seconds": expected,
-        "expected": text,
+        "steps_to_run_by_step": dict(to_run),
+        **_expected(to_run, _measured(session.store, sorted(there)), session.study.resources.concurrent_trials),
         "store": session.study.resources.store,
         "store_bytes": session.store.size_bytes(),
+        "tree": {kind: _tree(session, works[kind], own[kind], there) for kind in works}
+        if len(distinct) + len(tried) <= TREE_LIMIT
+        else None,
     }
+
+
+Stage = tuple[StepNode, ...]  # the steps of one task at one position
+
+
+def _stages(nodes: Sequence[StepNode]) -> list[Stage]:
+    """The steps of an order, stage by stage."""
+    ends = [index + 1 for index, node in enumerate(nodes) if node.step == "evaluate"]
+    return [tuple(nodes[start:end]) for start, end in zip([0, *ends], ends)]
+
+
+def _state(stage: Stage) -> str:
+    """The key of what a stage leaves behind: two that share it are one stage, whatever they are scored on."""
+    return next(node.key for node in stage if node.step == "consolidate")
+
+
+def _distinct(orders: Iterable[list[Stage]]) -> dict[str, list[Stage]]:
+    """Stages by their state; one is there several times where it is scored on several splits."""
+    found: dict[str, list[Stage]] = {}
+    for stages in orders:
+        for stage in stages:
+            found.setdefault(_state(stage), []).append(stage)
+    return found
+
+
+def _steps(stages: Mapping[str, list[Stage]]) -> dict[str, str]:
+    """Step by key."""
+    return {node.key: node.step for same in stages.values() for stage in same for node in stage}
+
+
+def _part(name: str, orders: list[list[Stage]], settings: int, note: str) -> dict[str, Any]:
+    distinct = _distinct(orders)
+    return {
+        "name": name,
+        "orders": len(orders),
+        "settings": settings,
+        "stages": settings * sum(len(stages) for stages in orders),
+        "stages_distinct": settings * len(distinct),
+        "steps": settings * sum(len(stage) for stages in orders for stage in stages),
+        "note": note,
+    }
+
+
+def _measured(store: StageStore, keys: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Mean seconds and bytes by step: of this study's stored steps, of the store's newest where it has none."""
+    found = store.mean_costs_by_step()
+    return found | store.mean_costs_by_step(keys[:SAMPLE]) if keys else found
+
+
+def _expected(to_run: Mapping[str, int], measured: Mapping[str, tuple[float, float]], lanes: int) -> dict[str, Any]:
+    if not all(step in measured for step in to_run):
+        return {
+            "expected_worker_seconds": None,
+            "expected_worker_hours": None,
+            "expected_bytes": None,
+            "expected": "unknown until the first stages have run here",
+        }
+    seconds = sum(count * measured[step][0] for step, count in to_run.items())
+    size = sum(count * measured[step][1] for step, count in to_run.items())
+    time = f"{seconds / 3600:.2f} worker-hours at most, {seconds / lanes / 60:.1f} min at {lanes} trials at once"
+    return {
+        "expected_worker_seconds": seconds,
+        "expected_worker_hours": seconds / 3600,
+        "expected_bytes": round(size),
+        "expected": f"{time}; {size / 1e6:.1f} MB",
+    }
+
+
+def _tree(
+    session: Session, works: Sequence[OrderWork], orders: Sequence[list[Stage]], there: set[str]
+) -> list[dict[str, Any]]:
+    """Nested stages of the study file's own setting: ``task``, ``stored``, ``orders`` that walk it, ``children``."""
+    roots: list[dict[str, Any]] = []
+    made: dict[str, dict[str, Any]] = {}
+    for work, stages in zip(works, orders, strict=True):
+        siblings = roots
+        for stage in stages:
+            key = _state(stage)
+            if key not in made:
+                stored = there.issuperset(node.key for node in stage)
+                made[key] = {"task": _title(session, work, stage), "stored": stored, "orders": 0, "children": []}
+                siblings.append(made[key])
+            made[key]["orders"] += 1
+            siblings = made[key]["children"]
+    return roots
+
+
+def _title(session: Session, work: OrderWork, stage: Stage) -> str:
+    prefix = stage[-1].prefix
+    if len(prefix) > stage[-1].position + 1:
+        return "all tasks"  # a joint method
+    name = session.task_names[prefix[-1]]
+    return f"{work.root}: {name}" if work.classes is not None and stage[-1].position == 0 else name

@@ -51,7 +51,7 @@ class Recorder:
         self.study_run = tracker.study_run(
             study.name,
             study.digest,
-            study.resolved(),
+            {key: value for key, value in study.resolved().items() if key != "robustness"},  # its runs have their own
             {
                 "backbone_digest": bench.backbone.digest,
                 "data_digest": bench.dataset.digest,
@@ -67,11 +67,13 @@ class Recorder:
         self._orders: dict[tuple[str, str], TrackedRun] = {}
         self._evaluations: dict[tuple[str, str], list[StoredStep]] = {}
         self._done: set[tuple[str, str]] = set()
+        self._own_tags: dict[str, dict[str, str]] = {}
 
-    def trial(self, trial: str, settings: Mapping[str, Any]) -> TrackedRun:
-        """The trial's run, made at its first mention."""
+    def trial(self, trial: str, settings: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> TrackedRun:
+        """The trial's run, made at its first mention; ``tags`` add to what all its runs are filtered by."""
         if trial not in self._trials:
-            self._trials[trial] = self.tracker.trial_run(trial, settings, self._tags(trial))
+            self._own_tags[trial] = self._tags(trial) | dict(tags or {})
+            self._trials[trial] = self.tracker.trial_run(trial, settings, self._own_tags[trial])
         return self._trials[trial]
 
     def _tags(self, trial: str) -> dict[str, str]:
@@ -79,7 +81,7 @@ class Recorder:
         orders = self.session.study.orders
         phase = {"study": "study", "chosen": "evaluation"}.get(trial, "search")
         tags = {"phase": phase, "method": self.session.study.method.name, "order_design": orders.design}
-        tags["order_kind"] = str(getattr(orders, "kind", "task"))
+        tags["order_kind"] = orders.kind
         return tags if trial == "study" else tags | {"trial": trial}
 
     def stage(self, trial: str, settings: Mapping[str, Any], order: tuple[int, ...], event: Mapping[str, Any]) -> None:
@@ -96,7 +98,9 @@ class Recorder:
         run = self.trial(trial, settings)
         if name not in self._orders:
             title = f"{event['order']} ({trial})"  # MLflow's charts show nothing else of a run
-            self._orders[name] = self.tracker.order_run(run, event["order"], order, title=title, tags=self._tags(trial))
+            self._orders[name] = self.tracker.order_run(
+                run, event["order"], order, title=title, tags=self._own_tags[trial]
+            )
         evaluations = self._evaluations.setdefault(name, [])
         if event["position"] == 0:
             evaluations.clear()  # a worker group that was started again walks its orders from the start

@@ -13,7 +13,9 @@ import pandas as pd
 from scipy import stats
 
 from loda.graph import StepNode
+from loda.methods import build_method
 from loda.run import SequenceResult, summarise
+from loda.workbench import memory_bytes
 from orchestrate.session import Session, write_atomic
 from orchestrate.work import OrderWork, StageCounts
 
@@ -67,6 +69,7 @@ def result_rows(session: Session, results: Iterable[OrderResult]) -> pd.DataFram
                     "trial": one.trial,
                     "order_name": one.work.name,
                     "order": list(one.work.order),
+                    "root": one.work.root,
                     "split": one.work.split,
                     "seed": session.study.training.seed,
                     "i": int(i),
@@ -126,6 +129,7 @@ def document(session: Session, results: Sequence[OrderResult], counts: StageCoun
         "study": session.study.name,
         "study_digest": session.study.digest,
         "method": session.study.method.name,
+        "export_refusal": build_method(session.study.method).export_refusal or None,
         "orders": {one.work.name: list(one.work.order) for one in results},
         "tasks": session.task_names,
         "a_last": metric_block(results, "a_last"),
@@ -134,6 +138,7 @@ def document(session: Session, results: Sequence[OrderResult], counts: StageCoun
             one.work.name: [[None if math.isnan(x) else x for x in row] for row in one.result.accuracy_matrix.tolist()]
             for one in results
         },
+        "memory_bytes": {one.work.name: memory_bytes(one.result.state) for one in results},
         "state_digests": {one.work.name: one.result.state_digest for one in results},
         **{key: value for key, value in counts.to_dict().items() if key != "stage_seconds"},
         "stage_seconds": counts.stage_seconds,

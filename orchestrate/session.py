@@ -14,13 +14,15 @@ import yaml
 from loda.datasets import absolute_spec
 from loda.distributed import WorkerGroup
 from loda.errors import ConfigError
-from loda.graph import StepNode, sequence_nodes
+from loda.graph import StepNode
 from loda.methods import build_method
-from loda.workbench import Workbench, open_workbench
+from loda.workbench import Workbench, canonical_digest, open_workbench
 from orchestrate.cluster import resource_problems
 from orchestrate.objective import objective_directions
-from orchestrate.orders import OrderPlan, design_orders
+from orchestrate.orders import OrderPlan, design_class_orders, design_orders
 from orchestrate.sampler import search_problems
+from orchestrate.similarity import FILE as SIMILARITY_FILE
+from orchestrate.similarity import TaskSimilarity, task_similarity
 from orchestrate.space import SearchSpace, load_space
 from orchestrate.store import StageStore
 from orchestrate.study import Study
@@ -60,20 +62,21 @@ class Session:
     store: StageStore
     order_plan: OrderPlan
     space: SearchSpace | None
+    similarity: TaskSimilarity | None = None  # what the design "extremes" chose its orders by
 
     @property
     def tune_orders(self) -> tuple[OrderWork, ...]:
         """Orders of the search, scored on validation images."""
-        return name_orders("tune", self.order_plan.tune, "validation")
+        return name_orders(self.order_plan, "tune", "validation")
 
     @property
     def evaluate_orders(self) -> tuple[OrderWork, ...]:
         """Orders that the chosen setting is judged on, on test images."""
-        return name_orders("evaluate", self.order_plan.evaluate, "test")
+        return name_orders(self.order_plan, "evaluate", "test")
 
     def nodes(self, settings: Mapping[str, Any], work: OrderWork) -> list[StepNode]:
         """The steps of one order under one setting."""
-        return sequence_nodes(self.bench, self.study.with_values(settings).run_settings(), work.order, work.split)
+        return work.nodes(self.bench, self.study.with_values(settings))
 
     @property
     def task_names(self) -> list[str]:
@@ -124,23 +127,51 @@ def open_session(study: Study, *, search: bool) -> Session:
         problems += error.problems
     if problems or bench is None:
         raise ConfigError(list(dict.fromkeys(problems)))
-    orders = study.orders
-    order_plan = design_orders(
+    folder = Path(study.resources.runs) / study.name
+    similarity = None
+    if study.orders.design == "extremes":
+        similarity = task_similarity(bench, study.orders.similarity, folder)
+    return Session(
+        *(study, folder, bench, StageStore(study.resources.store), _order_plan(study, bench, similarity), space),
+        similarity,
+    )
+
+
+def _order_plan(study: Study, bench: Workbench, similarity: TaskSimilarity | None) -> OrderPlan:
+    orders, tasks = study.orders, len(bench.tasks)
+    tune = orders.tune  # also where nothing is searched: the evaluation orders must be the same ones
+    if orders.kind == "class":
+        return design_class_orders(orders.class_seeds, bench.dataset.classes, tasks, tune, orders.seed)
+    return design_orders(
         orders.design,
-        len(bench.tasks),
-        orders.tune,  # also where nothing is searched: the evaluation orders must be the same ones
+        tasks,
+        tune,
         orders.evaluate,
         orders.seed,
         file=orders.file,
         task_names=[task.name for task in bench.tasks],
+        roots=orders.roots,
+        continuations=orders.continuations,
+        depth=orders.depth,
+        similarity_TT=None if similarity is None else similarity.matrix_TT,
     )
-    store = StageStore(study.resources.store)
-    folder = Path(study.resources.runs) / study.name
-    return Session(study, folder, bench, store, order_plan, space)
 
 
-def claim_folder(session: Session) -> None:
+def stream_record(session: Session) -> dict[str, Any]:
+    """What orders of two studies are matched by: the images, and each evaluation order as the classes of its tasks."""
+    orders = {}
+    for work in session.evaluate_orders:
+        own = work.classes
+        tasks = own or [session.bench.tasks[task].classes for task in work.order]
+        orders[work.name] = canonical_digest(["task" if own is None else "class", tasks])
+    return {"data_digest": session.bench.dataset.digest, "orders": orders}
+
+
+def claim_folder(session: Session, command: str) -> None:
     """Create ``runs/<study>/`` with the study file, or find it there, unchanged.
+
+    Args:
+        command: ``run``, ``sweep`` or ``robustness``: what `orchestrate resume` goes on with.
 
     Raises:
         ConfigError: the name is taken by a different study (the differences are listed), or the folder or the store
@@ -160,8 +191,13 @@ def claim_folder(session: Session) -> None:
     session.store.check_writable()
     try:
         session.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(session.folder / "command", command)
+        write_atomic(session.folder / "stream.json", json.dumps(stream_record(session), indent=1))
         write_atomic(file, session.study.to_yaml())
-        write_atomic(session.folder / "orders.json", json.dumps(session.order_plan.to_dict(), indent=1))
+        seeds = {"partition_seed": session.study.stream.partition_seed, "training_seed": session.study.training.seed}
+        write_atomic(session.folder / "orders.json", json.dumps(session.order_plan.to_dict() | seeds, indent=1))
+        if session.similarity is not None:
+            write_atomic(session.folder / SIMILARITY_FILE, session.similarity.to_json())
     except OSError as error:
         raise ConfigError(f"resources.runs: can't write {session.folder}: {error}") from error
 
@@ -170,8 +206,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
     """Lines for the settings that results depend on and that differ."""
     for key in sorted({*old, *new}):
         path = f"{prefix}{key}"
-        if path in ("resources", "tracking"):
-            continue  # where and how it runs may change
+        if path in ("resources", "tracking", "robustness"):
+            continue  # where and how it runs may change, and what it is compared with
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from _differences(before, after, f"{path}.")
@@ -179,6 +215,14 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
             continue  # a folder that moved; Optuna's storage refuses other ranges itself
         elif before != after:
             yield f"{path}: {before!r} before, {after!r} now"
+
+
+def read_command(folder: Path) -> str:
+    """Which command worked on a run folder last."""
+    file = folder / "command"
+    if file.is_file():
+        return file.read_text(encoding="utf-8").strip()
+    return "sweep" if (folder / "optuna.db").is_file() else "run"  # a folder of an older version
 
 
 def read_run_study(folder: Path) -> Study:

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.tree import Tree
+
+PICTURE_LINES = 80
 
 
 def _console() -> Console:
@@ -56,10 +60,13 @@ def _common(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _places(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     version = values.get("model_version")
     registered = f" (registered as {values['study']}-merged, version {version})" if version else ""
+    model = f"orchestrate export {values['study']} DIR{registered}"
+    if refusal := values.get("export_refusal"):
+        model = f"none, and none registered: of {values['method']}, {refusal}"
     return [
         ("results", values["results"]),
         ("report", str(Path(values["results"]).with_name("report.html"))),
-        ("merged model", f"orchestrate export {values['study']} DIR{registered}"),
+        ("merged model", model),
         ("MLflow page", "orchestrate ui"),
     ]
 
@@ -85,6 +92,18 @@ def run(values: Mapping[str, Any]) -> None:
     _rows(f"{values['study']}: {values['method']}", [*_common(values), *_places(values)])
 
 
+def result(values: Mapping[str, Any]) -> None:
+    """Whichever of the documents in a run folder this is."""
+    if "best" in values:
+        sweep(values)
+    elif "completeness" in values:
+        from orchestrate.show_robustness import robustness
+
+        robustness(values)
+    else:
+        run(values)
+
+
 def plan(values: Mapping[str, Any]) -> None:
     """What would be computed."""
     rows = []
@@ -92,21 +111,61 @@ def plan(values: Mapping[str, Any]) -> None:
         rows.append(
             (
                 part["name"],
-                f"{part['orders']} orders x {part['settings']} settings: {part['stages']} stages, "
-                f"{part['steps']} steps{part['note']}",
+                f"{part['orders']} orders x {part['settings']} settings: {part['stages']} stages "
+                f"({part['stages_distinct']} distinct), {part['steps']} steps{part['note']}",
             )
         )
     rows += [
+        (
+            "stages",
+            f"{values['stages_requested']} asked for, {values['stages_distinct']} distinct, "
+            f"{values['stages_stored']} stored, {values['stages_to_run']} to run at most",
+        ),
+        (
+            "shared",
+            f"{values['share_saved_percent']:.0f} % of the stages asked for stand in for another order's"
+            if values["sharing"]
+            else "nothing: resources.sharing is false",
+        ),
         ("distinct steps known now", f"{values['distinct_steps']} ({values['stored_steps']} stored)"),
         ("steps to run, at most", str(values["steps_to_run"])),
         ("expected", values["expected"]),
         ("store", f"{values['store']} ({values['store_bytes'] / 1e6:.1f} MB)"),
     ]
-    _rows(f"{values['study']}: plan", rows)
-    for kind in ("tune", "evaluate"):
+    _rows(f"{values['study']}: plan, {values['order_design']} {values['order_kind']} orders", rows)
+    for kind, names in values["order_names"].items():
+        tree = None if values["tree"] is None else _picture(f"{kind} orders", values["tree"][kind])
+        if tree is not None:
+            Console(highlight=False).print(tree)
+            continue
         _console().print(f"[bold]{kind} orders[/bold]")
-        for order in values["orders"][kind]:
-            _console().print("  " + " > ".join(values["tasks"][index] for index in order))
+        for order, name in zip(values["orders"][kind], names, strict=True):
+            tasks = " > ".join(values["tasks"][index] for index in order)
+            _console().print("  " + (tasks if values["order_kind"] == "task" else name), markup=False)
+
+
+def _picture(title: str, stages: Sequence[Mapping[str, Any]]) -> Tree | None:
+    """Stages as a tree, a line for each stretch without a branch; None if it would fill more than a screen or two."""
+    tree = Tree(f"[bold]{title}[/bold] (○ to run, ● stored)")
+    return tree if _grow(tree, stages, PICTURE_LINES) >= 0 else None
+
+
+def _grow(tree: Tree, stages: Sequence[Mapping[str, Any]], lines: int) -> int:
+    """Add branches; returns how many lines are left, negative if they didn't do."""
+    for stage in stages:
+        names = [stage["task"]]
+        while len(stage["children"]) == 1 and stage["children"][0]["stored"] == stage["stored"]:
+            if stage["children"][0]["orders"] != stage["orders"]:
+                break
+            stage = stage["children"][0]
+            names.append(stage["task"])
+        shared = f"  [dim]({stage['orders']} orders)[/dim]" if stage["orders"] > 1 else ""
+        mark = "[green]●[/green]" if stage["stored"] else "○"
+        branch = tree.add(f"{mark} {escape(' > '.join(names))}{shared}")
+        lines = _grow(branch, stage["children"], lines - 1)
+        if lines < 0:
+            return lines
+    return lines
 
 
 def catalogue(values: Mapping[str, Any]) -> None:
@@ -132,7 +191,7 @@ def catalogue(values: Mapping[str, Any]) -> None:
 def methods(values: Sequence[Mapping[str, Any]]) -> None:
     """The registry."""
     table = Table()
-    for column in ("method", "what it does", "merges", "task id", "source"):
+    for column in ("method", "what it does", "merges", "task id", "memory", "rule", "source"):
         table.add_column(column)
     for row in values:
         table.add_row(
@@ -140,6 +199,8 @@ def methods(values: Sequence[Mapping[str, Any]]) -> None:
             row["summary"],
             "yes" if row["mergeable"] else "no",
             "needed" if row["needs_task_id"] else "not needed",
+            row["memory_growth"],
+            "reconstructed" if row["reconstructed"] else "published",
             row["source"],
         )
     _console().print(table)

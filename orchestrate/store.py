@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 from pyarrow import fs
@@ -154,16 +155,26 @@ class StageStore:
 
     def mean_seconds_by_step(self, newest: int = 200) -> dict[str, float]:
         """Mean of ``timings["seconds"]`` by step over the newest entries that have it, for planning."""
-        seconds: dict[str, list[float]] = {}
-        for entry in sorted(self._entries.listing(), key=lambda entry: -entry.written_seconds)[:newest]:
+        return {step: seconds for step, (seconds, _) in self.mean_costs_by_step(newest=newest).items()}
+
+    def mean_costs_by_step(
+        self, keys: Iterable[str] | None = None, newest: int = 200
+    ) -> dict[str, tuple[float, float]]:
+        """Mean seconds and mean bytes by step, over the entries of these keys (None: the newest) that have seconds."""
+        if keys is None:
+            listing = sorted(self._entries.listing(), key=lambda entry: -entry.written_seconds)
+            keys = [entry.key for entry in listing[:newest]]
+        costs: dict[str, list[tuple[float, int]]] = {}
+        for key in keys:
             try:
-                manifest = load_manifest(self._entries, entry.key)
-                timings = load_meta(self._entries, entry.key, manifest)["timings"]
+                manifest = load_manifest(self._entries, key)
+                timings = load_meta(self._entries, key, manifest)["timings"]
             except (DamagedEntryError, FileNotFoundError):
                 continue  # a plan moves nothing; whoever needs the entry will find out
             if "seconds" in timings:
-                seconds.setdefault(manifest["step"], []).append(timings["seconds"])
-        return {step: sum(values) / len(values) for step, values in sorted(seconds.items())}
+                size = sum(file["bytes"] for file in manifest["files"].values())
+                costs.setdefault(manifest["step"], []).append((timings["seconds"], size))
+        return {step: (mean(c[0] for c in found), mean(c[1] for c in found)) for step, found in sorted(costs.items())}
 
     def acquire_or_wait(
         self,

@@ -24,24 +24,10 @@ from pydantic import (
 
 from loda.errors import ConfigError
 from loda.settings import RunSettings, Section, Seed
+from orchestrate.order_settings import LATER_KEYS, OrderSettings
+from orchestrate.robustness.settings import RobustnessSettings
 
 DEFAULT_STUDY = "alphabets"
-
-
-class OrderSettings(Section):
-    """Which task orders a search tunes on, and which disjoint ones the chosen setting is evaluated on."""
-
-    design: Literal["random", "all", "file"] = "random"
-    tune: PositiveInt = 3
-    evaluate: PositiveInt = 4
-    seed: int = Seed
-    file: str | None = Field(None, description="design: file; YAML or JSON with the lists 'tune' and 'evaluate'")
-
-    @model_validator(mode="after")
-    def _file_with_its_design(self) -> OrderSettings:
-        if (self.design == "file") != (self.file is not None):
-            raise ValueError("file: give a file with design: file, and only then")
-        return self
 
 
 class ObjectiveSettings(Section):
@@ -105,6 +91,7 @@ class ResourceSettings(Section):
     object_store_mb: PositiveInt = Field(200, description="Ray's shared memory when started here")
     store: str = Field("stages", description="folder or URI (s3://...) of finished stages, shared by studies")
     runs: str = Field("runs", description="folder for results, one sub-folder a study")
+    sharing: bool = Field(True, description="false: every order of every setting computes all of its own steps")
     max_failures: NonNegativeInt = Field(1, description="how often workers that died over an order start again")
 
 
@@ -123,8 +110,18 @@ class Study(RunSettings):
     orders: OrderSettings = OrderSettings()
     search: SearchSettings = SearchSettings()
     racing: RacingSettings = RacingSettings()
+    robustness: RobustnessSettings = RobustnessSettings()
     resources: ResourceSettings = ResourceSettings()
     tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _class_orders_cut_anew(self) -> Study:
+        if self.orders.kind == "class" and self.stream.partition != "published":
+            raise ValueError(
+                "orders.kind: class cuts the classes into tasks anew for every order, so there is no "
+                f"partition: {self.stream.partition}; set stream.partition: published, or kind: task"
+            )
+        return self
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain JSON types."""
@@ -136,13 +133,20 @@ class Study(RunSettings):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the results depend on: all but where and how it runs and is tracked."""
+        """SHA-256 of what the results depend on: all but where and how it runs and is tracked, and which other variants
+        it is compared with."""
         values = self.resolved()
-        for section in ("resources", "tracking"):
+        for section in ("resources", "tracking", "robustness"):
             values.pop(section)
         values["workers"] = self.resources.workers
-        if self.racing == RacingSettings():  # sections that came later leave the digests of older studies alone
+        # What came later leaves the digests of older studies alone.
+        for key in LATER_KEYS:
+            if getattr(self.orders, key) == getattr(OrderSettings(), key):
+                del values["orders"][key]
+        if self.racing == RacingSettings():
             values.pop("racing")
+        if self.training.optimizer == "sgd":
+            del values["training"]["optimizer"]
         values["search"]["space"] = Path(self.search.space).name  # not where the file lies
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -153,6 +157,9 @@ class Study(RunSettings):
             ConfigError: a path that doesn't exist, or a value that isn't allowed.
         """
         resolved, problems = self.resolved(), []
+        name = values.get("method.name", self.method.name)
+        if name != self.method.name:  # another method's settings mean nothing to it
+            resolved["method"] = {"name": name}
         for path, value in values.items():
             *parents, leaf = path.split(".")
             node: Any = resolved

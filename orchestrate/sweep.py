@@ -13,6 +13,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from loda.errors import ConfigError, StageError
+from loda.methods import build_method
 from orchestrate.evaluation import Judged, evaluate, is_stored
 from orchestrate.merged import write_merged
 from orchestrate.pages import write_pages
@@ -37,7 +38,8 @@ class Outcome:
     values: dict[str, Any]
 
 
-def _open_tracker(session: Session) -> Tracker:
+def open_tracker(session: Session) -> Tracker:
+    """MLflow as the study asks for it."""
     tracking = session.study.tracking
     spool = session.folder / "mlflow-waiting.jsonl"
     return Tracker.open(tracking.uri, tracking.experiment or session.study.name, Path.cwd(), spool=spool)
@@ -57,12 +59,12 @@ def run_study(study: Study, *, local: bool = False, quiet: bool = False) -> Outc
     session = open_session(study, search=False)
     if local and study.resources.workers > 1:
         raise ConfigError("resources.workers: --local walks in one process; set workers to 1")
-    claim_folder(session)
+    claim_folder(session, "run")
     counts = StageCounts()
     with contextlib.ExitStack() as stack:
         here = local or is_stored(session, {})
         workers = None if here else stack.enter_context(open_workers(session))
-        tracker = stack.enter_context(_open_tracker(session))
+        tracker = stack.enter_context(open_tracker(session))
         recorder = Recorder(session, tracker)
         judged = evaluate(session, {}, counts, recorder, workers, quiet=quiet)
         startup = {"workers": workers.startup_seconds() if workers is not None else 0.0}
@@ -91,13 +93,14 @@ def _finish(
 
 
 def _publish(session: Session, judged: Judged, recorder: Recorder, values: Mapping[str, Any]) -> str | None:
-    """Log the tables and register the merged model of the first evaluation order."""
+    """Log the tables and register the merged model of the first evaluation order, if the method leaves one."""
     files: dict[str, bytes | str] = {
         f"{name}.parquet": (session.folder / f"{name}.parquet").read_bytes() for name in ("results", "timings")
     }
     files["summary.json"] = json.dumps(values, indent=1)
     model = None
-    if session.study.tracking.register_model and judged.results:
+    mergeable = not build_method(session.study.method).export_refusal
+    if session.study.tracking.register_model and judged.results and mergeable:
         model = session.folder / "model"
         export_order(session, judged.settings, judged.results[0], model)
     metrics = {f"test/{key}": values[key]["mean"] for key in ("a_last", "a_avg")}
@@ -118,7 +121,7 @@ def export_order(session: Session, settings: Mapping[str, Any], one: OrderResult
         )
     *chain, evaluation = [artifact for artifact in artifacts if artifact is not None]
     run_settings = session.study.with_values(settings).run_settings()
-    return write_merged(session.bench, run_settings, chain, evaluation, directory)
+    return write_merged(one.work.bench(session.bench), run_settings, chain, evaluation, directory)
 
 
 def sweep(study: Study, *, quiet: bool = False) -> Outcome:
@@ -131,13 +134,13 @@ def sweep(study: Study, *, quiet: bool = False) -> Outcome:
     started = time.perf_counter()
     session = open_session(study, search=True)
     assert session.space is not None
-    claim_folder(session)
+    claim_folder(session, "sweep")
     counts = StageCounts()
     searcher = StudySearcher(session.study, session.space, session.folder / "optuna.db")
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(open_workers(session)) if _work_is_left(session, searcher) else None
         driver_startup = time.perf_counter() - started
-        recorder = Recorder(session, stack.enter_context(_open_tracker(session)))
+        recorder = Recorder(session, stack.enter_context(open_tracker(session)))
         if workers is not None:
             _search(session, searcher, counts, recorder, workers, quiet)
         best = choose(searcher)

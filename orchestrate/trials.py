@@ -50,6 +50,7 @@ class Watcher(Callback):
         self.session, self.works, self.progress = session, works, progress
         self.recorder, self.counts, self.searcher = recorder, counts, searcher
         self.ends: list[TrialEnd] = []
+        self.heatmaps = searcher is None  # a tenth of a second each
         self._starts: dict[str, float] = {}
         self._seen: set[tuple[str, str, int]] = set()
         self.best: float | None = None
@@ -140,11 +141,10 @@ class Watcher(Callback):
         for row in result.get("orders", ()):
             one = read_order(self.session, name, settings, self.works[row["name"]])
             if one is not None:
-                self.recorder.order_done(one, heatmap=self.searcher is None)
+                self.recorder.order_done(one, heatmap=self.heatmaps)
         if self.searcher is not None:
             statuses: dict[str, RunStatus] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-            tags = {"state": state} | ({"reason": reason} if reason else {})
-            self.recorder.trial_done(name, statuses[state], metrics, tags)
+            self.recorder.trial_done(name, statuses[state], metrics, {"reason": reason} if reason else {})
 
     @property
     def _objectives(self) -> list[str]:
@@ -167,7 +167,7 @@ def short(settings: Mapping[str, Any]) -> str:
 
 def run_trials(
     session: Session,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     orders: Sequence[OrderWork],
     watcher: Watcher,
     run_name: str,
@@ -178,7 +178,7 @@ def run_trials(
     """Run trials through Tune until all have ended.
 
     With a searcher: ``samples`` trials, each a suggested setting over all orders, or over fewer if the scheduler stops
-    it. Without: the given setting; one trial over all orders where there are lanes, which share them, else a trial for
+    it. Without: each given setting; one trial over all orders where there are lanes, which share them, else a trial for
     each shard of them.
 
     Raises:
@@ -187,7 +187,8 @@ def run_trials(
     resources, workers = session.study.resources, watcher.workers
     assert workers is not None
     lanes = workers.lanes
-    config: dict[str, Any] = {} if searcher is not None else {"settings": dict(settings)}
+    given = [dict(one) for one in ([settings] if isinstance(settings, Mapping) else settings)]
+    config: dict[str, Any] = {} if searcher is not None else {"settings": tune.grid_search(given)}
     if lanes is not None:
         objective = session.study.search.objective.model_dump(mode="json")
         config |= {"pool": lanes.name, "objective": objective, "orders": [asdict(work) for work in orders]}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from loda.graph import StepNode, sequence_nodes
 from loda.methods import build_method
-from loda.workbench import Workbench
+from loda.stream import Task, cut_classes
+from loda.workbench import Workbench, canonical_digest
+from orchestrate.orders import OrderPlan
 from orchestrate.study import Study
 
 
@@ -19,6 +21,37 @@ class OrderWork:
     name: str
     order: tuple[int, ...]
     split: str  # what its stages are scored on
+    root: str = ""  # orders with one label begin alike by design
+    classes: tuple[tuple[int, ...], ...] | None = None  # of a class order: the tasks that it has for itself
+
+    def bench(self, bench: Workbench) -> Workbench:
+        """The workbench with this order's tasks."""
+        if self.classes is None:
+            return bench
+        tasks = tuple(Task(task.name, classes) for task, classes in zip(bench.tasks, self.classes, strict=True))
+        return replace(bench, tasks=tasks)
+
+    def nodes(self, bench: Workbench, study: Study) -> list[StepNode]:
+        """The steps of this order under a study's settings.
+
+        Without sharing, keys are also of this order and these settings, so that nothing is found that another computed.
+        What the steps compute, and its digests, don't depend on keys.
+        """
+        settings = study.run_settings()
+        nodes = sequence_nodes(self.bench(bench), settings, self.order, self.split)
+        if study.resources.sharing:
+            return nodes
+        chosen = settings.model_dump(mode="json", include={"method", "training", "head"})  # the rest is in every key
+        own = canonical_digest([self.name, chosen])
+        return [_private(node, own) for node in nodes]
+
+
+def _private(node: StepNode, own: str) -> StepNode:
+    def key(shared: str) -> str:
+        return canonical_digest([own, shared])
+
+    inputs = {step: key(shared) for step, shared in node.inputs.items()}
+    return replace(node, key=key(node.key), inputs=inputs, chain=tuple(key(shared) for shared in node.chain))
 
 
 @dataclass(frozen=True)
@@ -35,18 +68,39 @@ class WorkList:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> WorkList:
         """The inverse of :meth:`to_dict`."""
-        orders = tuple(OrderWork(o["name"], tuple(o["order"]), o["split"]) for o in values["orders"])
-        return cls(dict(values["settings"]), orders)
+        return cls(dict(values["settings"]), tuple(_order_from_dict(order) for order in values["orders"]))
 
     def nodes(self, bench: Workbench, study: Study) -> dict[str, list[StepNode]]:
         """The steps of each order, by order name, for the setting of this list."""
-        settings = study.with_values(self.settings).run_settings()
-        return {work.name: sequence_nodes(bench, settings, work.order, work.split) for work in self.orders}
+        chosen = study.with_values(self.settings)
+        return {work.name: work.nodes(bench, chosen) for work in self.orders}
 
 
-def name_orders(kind: str, orders: Iterable[Sequence[int]], split: str) -> tuple[OrderWork, ...]:
-    """Orders with names such as ``evaluate-2-0-1``: the order itself, so that a name never changes its meaning."""
-    return tuple(OrderWork(f"{kind}-{'-'.join(map(str, order))}", tuple(order), split) for order in orders)
+def _order_from_dict(values: Mapping[str, Any]) -> OrderWork:
+    classes = values["classes"]
+    return OrderWork(
+        values["name"],
+        tuple(values["order"]),
+        values["split"],
+        values["root"],
+        None if classes is None else tuple(tuple(labels) for labels in classes),
+    )
+
+
+def name_orders(plan: OrderPlan, part: str, split: str) -> tuple[OrderWork, ...]:
+    """A plan's "tune" or "evaluate" orders with names such as ``evaluate-2-0-1`` or ``evaluate-class-1993``.
+
+    A name is the order itself, or what it is drawn from: it never changes its meaning.
+    """
+    works = []
+    for number, (order, root) in enumerate(zip(getattr(plan, part), plan.roots(part), strict=True)):
+        if plan.class_seeds is None:
+            works.append(OrderWork(f"{part}-{'-'.join(map(str, order))}", tuple(order), split, root))
+        else:
+            name = f"{part}-class-{plan.class_seeds[part][number]}"
+            classes = tuple(task.classes for task in cut_classes(order, plan.tasks))
+            works.append(OrderWork(name, tuple(range(plan.tasks)), split, root, classes))
+    return tuple(works)
 
 
 @dataclass

@@ -144,6 +144,7 @@ def walk_order(walker: Walker, nodes: list[StepNode], order: OrderWork, on_stage
         StageError: a stage failed; the message names it.
         StoppedError: the work isn't wanted any more.
     """
+    walker.bench = order.bench(walker.bench)
     stage: list[StepNode] = []
     for node in nodes:
         walker.check()

@@ -137,6 +137,31 @@ def test_room_is_joint_above_the_higher_floor(tiny_study: Path, tmp_path: Path) 
     assert measured["room_points"] == pytest.approx(joint - max(means, lda))
 
 
+def test_the_cost_of_methods_is_measured_for_each(tiny_study: Path, tmp_path: Path) -> None:
+    arguments = ("--methods", "loda", "simplecil", "sequential", "--tasks", 2, "--validation", 0.25, "--json")
+    measured = json.loads(run_script("methods.py", tiny_study, *arguments, folder=tmp_path))
+    rows = measured["rows"]
+    assert set(rows) == {"loda", "simplecil", "sequential"}
+    assert rows["simplecil"]["trainable_parameters"] == [0, 0] and rows["simplecil"]["stored_bytes"] == [0, 0]
+    # Moments of two layers of each width, packed in float64; one pair of rank 16 a layer, in float32.
+    assert rows["loda"]["stored_bytes"] == [8 * 2 * (32 * 33 // 2 + 128 * 129 // 2)] * 2
+    assert rows["sequential"]["stored_bytes"] == [4 * 16 * 2 * (32 + 96 + 128 + 32)] * 2
+    assert rows["sequential"]["trainable_parameters"] == [16 * 2 * (32 + 96 + 128 + 32)] * 2
+    assert all(row["seconds_per_image"] > 0 and row["images"] == 24 for row in rows.values())
+
+
+def test_sharing_runs_each_prefix_once_to_the_same_digests(tiny_study: Path, tmp_path: Path) -> None:
+    arguments = ("--roots", 2, "--continuations", 2, "--depth", 1, "--json")
+    found = json.loads(run_script("sharing.py", tiny_study, *arguments, folder=tmp_path))
+    assert (found["stages_without"], found["stages_with"]) == (12, 2 + 4 + 4)
+    assert found["stage_ratio"] == pytest.approx(10 / 12)
+    assert found["ratio"] == pytest.approx(found["seconds_with"] / found["seconds_without"])
+    assert found["same_digests"] is True
+    # One order of each root: a stage and two steps are reused, the rest of three stages is not.
+    assert found["gamma_m"] == {"steps_requested": 24, "steps_run": 2 * (2 + 4), "trained": 2, "run_before_it": 0}
+    assert found["classifier"] == {"steps_requested": 24, "steps_run": 5, "run_but_evaluate": 0}
+
+
 @pytest.mark.slow
 def test_the_bundled_study_is_compared_without_arguments_naming_it(tmp_path: Path) -> None:
     arguments = ("--orders", 2, "--tune-orders", 1, "--grid", 1, "--margins", 0.1, "--epochs", 1)

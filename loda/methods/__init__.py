@@ -10,14 +10,49 @@ from importlib import metadata
 from typing import Any
 
 from loda.methods.base import Method, MethodSettings
+from loda.methods.bilora import BiLora
+from loda.methods.coso import Coso
+from loda.methods.expert_pool import ExpertPool
+from loda.methods.gainlora import GainLora
+from loda.methods.icmlora import IcmLora
+from loda.methods.inflora import InfLora
 from loda.methods.joint import Joint
+from loda.methods.keeplora import KeepLora
 from loda.methods.loda import Loda
+from loda.methods.lora_pm import LoraPm
+from loda.methods.mtllora import MtlLora
+from loda.methods.olora import OLora
+from loda.methods.ortholora import OrthoLora
+from loda.methods.ranpac import RanPac
+from loda.methods.sdlora import SdLora
 from loda.methods.sequential import Sequential
 from loda.methods.simplecil import SimpleCil
+from loda.methods.slao import Slao
+from loda.methods.thanora import ThanoRa
 
 logger = logging.getLogger(__name__)
 
-BUILT_IN: tuple[type[Method], ...] = (Loda, Sequential, Joint, SimpleCil)
+BUILT_IN: tuple[type[Method], ...] = (
+    Loda,
+    Sequential,
+    Joint,
+    SimpleCil,
+    RanPac,
+    InfLora,
+    SdLora,
+    OLora,
+    KeepLora,
+    Slao,
+    Coso,
+    LoraPm,
+    GainLora,
+    ExpertPool,
+    OrthoLora,
+    MtlLora,
+    ThanoRa,
+    BiLora,
+    IcmLora,
+)
 
 
 @cache
@@ -60,9 +95,21 @@ def method_settings(values: Mapping[str, Any]) -> MethodSettings:
     return methods[name].Settings(**{**values, "name": name})
 
 
+def preset(name: str) -> dict[str, Any]:
+    """The values of a method's paper by key path, its name among them: what ``Study.with_values`` takes.
+
+    They are the paper's where they differ from the defaults of a run; most papers used ViT-B/16 on ImageNet-21k.
+
+    Raises:
+        ValueError: unknown method.
+    """
+    method = registry()[method_settings({"name": name}).name]
+    return {"method.name": method.name, **method.published}
+
+
 def build_method(settings: MethodSettings) -> Method:
     """A fresh instance, with nothing remembered yet."""
     return registry()[settings.name](settings)
 
 
-__all__ = ["Method", "MethodSettings", "build_method", "method_settings", "registry"]
+__all__ = ["Method", "MethodSettings", "build_method", "method_settings", "preset", "registry"]

@@ -22,6 +22,21 @@ GAMMA_GENERAL = 0.25
 GAMMA_ISOLATED = 0.5
 DOWN_SCALE = 1 / math.sqrt(3)
 
+# Of the 10-task CIFAR-100 experiment.
+PUBLISHED_TRAINING = {
+    "training.epochs": 20,
+    "training.batch_size": 48,
+    "training.lr": 0.005,
+    "training.weight_decay": 5e-4,
+    "training.augmentation.crop_scale": 0.05,
+    "training.augmentation.flip": True,
+    # Crops and flips are all, whatever a study adds.
+    **{f"training.augmentation.{key}": 0.0 for key in ("rotation", "shear", "zoom", "shift")},
+    "training.augmentation.stretch": 1.0,
+    "head.margin": 0.0,
+    "backbone.normalization": "none",
+}
+
 
 class LodaSettings(MethodSettings):
     """Published values are the defaults of everything but the ranks (published: 32 on ViT-B/16)."""
@@ -52,6 +67,13 @@ class Loda(Method):
     Settings = LodaSettings
     reobserves: ClassVar[bool] = True
     remembers_moments: ClassVar[bool] = True
+    published: ClassVar[Mapping[str, Any]] = {
+        "method.rank_general": 32,
+        "method.rank_isolated": 32,
+        "method.rho_max": 0.3,
+        "method.old_count": 2.0,
+        **PUBLISHED_TRAINING,
+    }
 
     settings: LodaSettings
 

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
-from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from loda.backbone import Backbone
-from loda.methods.base import Method, MethodSettings, Observation
-from loda.seeds import generator
+from loda.methods.base import Observation
+from loda.methods.loda import PUBLISHED_TRAINING
+from loda.methods.pairs import PairMethod, PairSettings, random_down
 
 
-class SequentialSettings(MethodSettings):
-    """LoRA with PEFT's start: A uniform in ±1/√d_in, B zero."""
+class SequentialSettings(PairSettings):
+    """As of any LoRA pair."""
 
-    name: Literal["sequential"] = "sequential"
-    rank: PositiveInt = Field(16, description="as many directions as LoDA's two branches of 8")
-    scale: PositiveFloat = Field(1.0, description="α / r")
-    start_seed: int = Field(0, ge=0)
+    name: Literal["sequential"] = "sequential"  # type: ignore[assignment]
 
 
-class Sequential(Method):
+class Sequential(PairMethod):
     """The usual lower bound: A and B at the start of a task equal those at the end of the task before.
 
     Its weights are always ``W_0 + scale · B A`` with the newest pair, never a sum over tasks.
@@ -33,18 +29,13 @@ class Sequential(Method):
     summary = "one LoRA pair, warm-started from task to task"
     source = "Hu et al. 2022, LoRA (arXiv 2106.09685), trained sequentially"
     Settings = SequentialSettings
+    published: ClassVar[Mapping[str, Any]] = {"method.rank": 32, **PUBLISHED_TRAINING}  # as LoDA's
 
     settings: SequentialSettings
 
     def __init__(self, settings: SequentialSettings) -> None:
         super().__init__(settings)
         self.pair: dict[str, Tensor] = {}
-
-    def problems(self, widths: Mapping[str, tuple[int, int]]) -> list[str]:
-        layer, width = min(((name, min(size)) for name, size in widths.items()), key=lambda item: item[1])
-        if self.settings.rank <= width:
-            return []
-        return [f"method.rank: {self.settings.rank} exceeds the width {width} of layer {layer!r}; use at most {width}"]
 
     def begin_task(self, model: Backbone, observation: Observation) -> None:
         model.attach()
@@ -53,8 +44,7 @@ class Sequential(Method):
                 down_rD, up_Or = self.pair[f"{name}.down"], self.pair[f"{name}.up"]
             else:
                 width = branched.base.in_features
-                draws = generator(self.settings.start_seed, "lora start", name)
-                down_rD = (torch.rand(self.settings.rank, width, generator=draws) * 2 - 1) / width**0.5
+                down_rD = random_down(self.settings.rank, width, self.settings.start_seed, name)
                 up_Or = None
             branched.add("lora", down_rD, up_Or, scale=self.settings.scale, train_down=True)
 

@@ -34,6 +34,9 @@ class SimpleCil(Method):
     def adapt_reads(self, position: int) -> dict[str, Any]:
         return {}
 
+    def classifier(self) -> str:
+        return self.settings.classifier
+
     def begin_task(self, model: Backbone, observation: Observation) -> None:
         model.attach()
 

@@ -112,6 +112,20 @@ def test_a_second_run_computes_nothing(finished: Finished, tmp_path: Path) -> No
         assert again[key] == finished.values[key], key
 
 
+@pytest.mark.parametrize(("words", "result"), [("run", "summary.json"), ("robustness", "robustness.json")])
+def test_resume_goes_on_with_the_command_that_was_interrupted(
+    words: str, result: str, tmp_path: Path, shapes_parquet: Path, command: InProcess
+) -> None:
+    write_study(tmp_path, shapes_parquet, orders={"evaluate": 1})
+    before = command(tmp_path, words, "study.yaml", "--local", "--json").values
+    (tmp_path / "runs" / "tiny" / result).unlink()
+    after = command(tmp_path, "resume", "tiny", "--json").values
+    assert after["steps_run"] == 0
+    assert after["state_digests"] == before["state_digests"]
+    assert ("spread" in after) == (words == "robustness")
+    assert (tmp_path / "runs" / "tiny" / result).is_file()
+
+
 def _flip(folder: Path, step: str, position: int) -> str:
     """Flip one bit in the middle of a stored step's tensors; returns the step's key."""
     timings = pd.read_parquet(folder / "runs" / "tiny" / "timings.parquet")
@@ -223,6 +237,23 @@ def test_the_export_predicts_the_same_in_plain_timm(
     last = results[(results["order_name"] == name) & (results["i"] == TASKS - 1)]
     assert {r.task: round(r.accuracy * r.images / 100) for r in last.itertuples()} == right
     assert 100 * sum(right.values()) / 24 == pytest.approx(finished.values["a_last"]["per_order"][name], abs=0.01)
+
+
+@pytest.mark.parametrize("method", ["gainlora", "mtllora"])
+def test_a_method_that_leaves_no_plain_model_runs_and_says_so(
+    method: str, command: InProcess, tmp_path: Path, shapes_parquet: Path
+) -> None:
+    write_study(tmp_path, shapes_parquet)
+    done = command(tmp_path, "run", "study.yaml", "--local", "-s", f"method.name={method}", "-s", "method.rank=4")
+    assert done.code == 0, done.err
+    assert f"none registered: of {method}" in " ".join(done.out.split())
+    values = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+    assert values["export_refusal"] and values["model_version"] is None
+    assert not (tmp_path / "runs" / "tiny" / "model").exists()
+    done = command(tmp_path, "export", "tiny", "model")
+    assert done.code == 2
+    assert method in done.err and values["export_refusal"] in " ".join(done.err.split())
+    assert not (tmp_path / "model").exists()
 
 
 def test_an_export_of_an_unknown_order_is_refused(finished: Finished, command: InProcess, tmp_path: Path) -> None:

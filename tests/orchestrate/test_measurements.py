@@ -26,6 +26,18 @@ def test_a_joint_method_has_one_stage_over_all_tasks() -> None:
     assert metrics == expected | {"seconds/evaluate": 0, "seconds/stage": 0}
 
 
+def test_a_stage_tells_what_it_trained_and_how_long_an_image_took() -> None:
+    steps = {
+        "observe": Artifact({}, {"images": 4}, {"seconds": 1.0}),
+        "adapt": Artifact({}, {"trainable_parameters": 1536}, {"seconds": 6.0}),
+        "consolidate": Artifact({}, {}, {"seconds": 3.0}),
+        "evaluate": Artifact({}, {"correct": [1], "count": [4]}, {"seconds": 90.0}),
+    }
+    metrics = stage_metrics(steps, [steps["evaluate"]], (0,), ["a"])
+    assert metrics["trainable_parameters"] == 1536
+    assert metrics["seconds_per_image"] == 2.5
+
+
 def test_a_heat_map_needs_a_name_for_each_task() -> None:
     with pytest.raises(ValueError, match="one for each of 3 columns"):
         accuracy_heatmap(np.zeros((3, 3)), ["a"])

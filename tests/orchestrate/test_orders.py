@@ -153,13 +153,27 @@ def test_files_of_another_form_are_refused(tmp_path: Path, text: str) -> None:
 
 def test_bad_numbers_and_design_come_in_one_message() -> None:
     with pytest.raises(ConfigError) as caught:
-        design_orders("tree", 0, -1, -2, -3)
+        design_orders("spiral", 0, -1, -2, -3)
     assert len(caught.value.problems) == 5
     with pytest.raises(ConfigError, match="only then"):
         design_orders("file", 3, 1, 1, 0)
 
 
 def test_plan_is_recorded_as_plain_json() -> None:
-    record = design_orders("random", 3, 1, 1, seed=4).to_dict()
+    plan = design_orders("random", 3, 1, 2, seed=4)
+    record = plan.to_dict()
     assert json.loads(json.dumps(record)) == record
-    assert set(record) == {"design", "tasks", "seed", "tune", "evaluate"} and len(record["tune"][0]) == 3
+    assert (record["kind"], record["design"], record["tasks"], record["seed"]) == ("task", "random", 3, 4)
+    assert record["evaluate"] == [list(order) for order in plan.evaluate] and len(record["tune"][0]) == 3
+    assert record["roots"]["evaluate"] == ["-".join(map(str, order)) for order in plan.evaluate]
+
+
+def test_random_and_all_designs_are_those_of_earlier_studies() -> None:
+    """Studies that were run before must find their orders again."""
+    plan = design_orders("random", 5, 3, 4, seed=0)
+    assert plan.evaluate == ((4, 0, 3, 2, 1), (2, 4, 0, 3, 1), (1, 3, 0, 2, 4), (4, 3, 0, 1, 2))
+    assert plan.tune == ((3, 4, 2, 1, 0), (3, 1, 0, 4, 2), (1, 2, 3, 4, 0))
+    plan = design_orders("random", 10, 1, 2, seed=7)
+    assert plan.evaluate == ((8, 0, 7, 1, 3, 6, 2, 4, 5, 9), (3, 9, 2, 8, 0, 7, 1, 6, 4, 5))
+    assert plan.tune == ((9, 0, 8, 6, 7, 1, 3, 4, 2, 5),)
+    assert design_orders("all", 4, 2, 1, seed=3).tune == ((3, 0, 2, 1), (3, 1, 2, 0))

@@ -1,0 +1,1 @@
+"""How much results depend on the order of tasks: tidy scores, and statistics that say what can't be known."""
