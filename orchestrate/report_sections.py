@@ -104,12 +104,12 @@ def headline(data: ReportData) -> Headline:
         scores = list_words([f"{name} {value:.2f}" for name, value in best["objectives"].items()])
         trials = sum(data.summary["trials"].values())
         setting = ", ".join(f"{path} {value}" for path, value in search.setting_rows(best["settings"]))
+        tuned = len(data.plan["tune"])
         text = (
-            f"Of {trials} trials, number {best['trial']} was chosen on validation images and {len(data.plan['tune'])} "
-            "tuning "
-            f"orders ({scores}): {setting}. It was judged once on test images and {data.wanted} orders that the "
-            "search "
-            "never used."
+            f"Of {trials} trials, number {best['trial']} was chosen on validation images and {tuned} tuning "
+            f"order{'' if tuned == 1 else 's'} ({scores}): {setting}. It was judged once on test images and "
+            f"{data.wanted} "
+            "orders that the search never used."
         )
     return Headline(tuple(rows), text)
 

@@ -80,9 +80,9 @@ def history(study: optuna.Study, best: int | None) -> Chart:
         f"{values.max():.2f}.",
         figure,
         _trial_table(study, best),
-        f"Trials: {counted}. These scores chose the setting; they are higher than what it will do elsewhere, which is "
-        "why "
-        "the results above come from other orders and from test images.",
+        f"Trials: {counted}. A setting is chosen for a high score, so its score flatters it: the results above come "
+        "from "
+        "other orders and from test images.",
     )
 
 
@@ -174,7 +174,7 @@ def parallel(study: optuna.Study, best: int | None) -> Chart | None:
                 fontsize=8, va="center", ha="right" if last else "left", color=INK,
                 bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
             )  # fmt: skip
-    names = [shortened(_leaf(path), 15) for path in paths] + [shortened(labels(study)[0], 15)]
+    names = [shortened(_leaf(path), 15) for path in paths] + [shortened(labels(study)[0], 20)]
     axes.set_xticks(x, names, rotation=24, ha="right", rotation_mode="anchor")
     axes.set_yticks([])
     axes.margins(x=0.04, y=0.06)
