@@ -118,7 +118,7 @@ def _one_setting(values: Mapping[str, Any]) -> list[str]:
 
 def _interval(block: Mapping[str, Any]) -> str:
     if not block["interval_95"]:
-        return " (one order: no interval)"
+        return " (no interval: one order, or one tree root)"
     low, high = block["interval_95"]
     return f", 95% interval {low:.2f} to {high:.2f}"
 

@@ -59,10 +59,10 @@ def status(data: ReportData) -> str:
     return f"{text} {_go_on(data)} goes on."
 
 
-def spread_row(label: str, values: Sequence[float]) -> tuple[str, str, str]:
+def spread_row(label: str, values: Sequence[float], roots: Sequence[str]) -> tuple[str, str, str]:
     """A mean with its interval."""
-    interval = mean_interval(values)
-    remark = "one order: nothing is known about others"
+    interval = mean_interval(values, roots)
+    remark = f"{'one order' if len(values) == 1 else 'one tree root'}: nothing is known about others"
     if interval is not None and min(values) == max(values):
         remark = f"the same for all {len(values)} orders"
     elif interval is not None:
@@ -86,9 +86,11 @@ def headline(data: ReportData) -> Headline:
         return Headline(tuple(rows), "A_last of each order that is there:")
     summaries = [one.summary for one in data.evaluated]
     last = [one.a_last for one in summaries]
-    rows = [spread_row("A_last, test", last)]
+    grown = data.roots or {}
+    roots = [grown.get(one.order, one.name) for one in data.evaluated]
+    rows = [spread_row("A_last, test", last, roots)]
     if not data.evaluated[0].joint:
-        rows.append(spread_row("A_avg, test", [one.a_avg for one in summaries]))
+        rows.append(spread_row("A_avg, test", [one.a_avg for one in summaries], roots))
     if min(last) < max(last):
         worst = data.evaluated[int(np.argmin(last))]
         rows.append(("worst order", f"{min(last):.2f} %", f"A_last of {worst.name}"))

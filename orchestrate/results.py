@@ -44,10 +44,21 @@ def read_order(session: Session, trial: str, settings: Mapping[str, Any], work: 
     return OrderResult(trial, work, nodes, summarise(work.order, nodes, artifacts))
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
-    """t interval of the mean over orders; None for fewer than two, where nothing can be said."""
+def mean_interval(
+    values: Sequence[float], roots: Sequence[str] | None = None, confidence: float = 0.95
+) -> tuple[float, float] | None:
+    """t interval of the mean over orders; None for fewer than two, or one tree root: nothing can be said then.
+
+    Args:
+        values: one for each order.
+        roots: their tree roots; orders that share one are alike, and the interval is that of the roots.
+    """
     if len(values) < 2:
         return None
+    if roots is not None and len(set(roots)) < len(roots):
+        from orchestrate.robustness.spread import clustered_interval  # seconds of imports that only trees need
+
+        return clustered_interval(values, roots, confidence)
     spread = stats.sem(values)
     if spread == 0:
         return float(values[0]), float(values[0])
@@ -115,7 +126,7 @@ def metric_block(results: Sequence[OrderResult], metric: str) -> dict[str, Any]:
     """A metric by order, its mean and the mean's 95% interval."""
     by_order = {one.work.name: getattr(one.result.summary, metric) for one in results}
     values = list(by_order.values())
-    interval = mean_interval(values)
+    interval = mean_interval(values, [one.work.root or one.work.name for one in results])
     return {
         "per_order": by_order,
         "mean": float(np.mean(values)) if values else None,

@@ -31,7 +31,7 @@ def interval(block: Mapping[str, Any]) -> str:
     """A mean with its 95% interval over orders."""
     text = f"{block['mean']:.2f} %"
     if block["interval_95"] is None:
-        return f"{text} (one order: no interval)"
+        return f"{text} (no interval: one order, or one tree root)"
     low, high = block["interval_95"]
     return f"{text}, 95% interval {low:.2f} to {high:.2f} over {len(block['per_order'])} orders"
 

@@ -140,7 +140,7 @@ def test_the_study_note_holds_the_result_and_the_commands() -> None:
     assert text.splitlines()[0] == "### alphabets: loda, A_last 55.25 %, 95% interval 51.25 to 59.25"
     for part in (
         "| **A_last** | **55.25 %**, 95% interval 51.25 to 59.25 |",
-        "| A_avg | 71.00 % (one order: no interval) |",
+        "| A_avg | 71.00 % (no interval: one order, or one tree root) |",
         "| worst order | 50.00 % (evaluate-0-1) |",
         "| best setting | `training.lr` 0.1235 |",
         "trial-0003: a_avg (cvar 0.34) 68.50 on validation images (5 complete, 1 failed)",
