@@ -122,6 +122,12 @@ class Lanes:
         joined = ray.get(self.pool.joined.remote())
         return sum(max(0.0, moment - self._started) for moment in joined.values())
 
+    def busy_seconds(self) -> float:
+        """What lanes spent on orders, computing or not, summed over lanes."""
+        import ray
+
+        return float(ray.get(self.pool.busy_seconds.remote()))
+
     def _keep(self, lane: int) -> None:
         """Keep a lane's worker group running; one that dies again and again without finishing an order is given up."""
         import ray

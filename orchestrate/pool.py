@@ -33,6 +33,8 @@ class _Lane:
     attempts: int = 0
     finished: int = 0
     joined: float | None = None
+    since: float | None = None  # when it began what it works on
+    busy_seconds: float = 0.0
     closed: bool = False
 
 
@@ -95,6 +97,10 @@ class Pool:
         """When each lane first asked for work (Unix seconds)."""
         return {number: lane.joined for number, lane in self.lanes.items() if lane.joined is not None}
 
+    async def busy_seconds(self) -> float:
+        """Seconds from taking an order to asking for the next one, summed over orders and lanes."""
+        return sum(lane.busy_seconds for lane in self.lanes.values())
+
     # --- the lanes' side
 
     async def start(self, number: int) -> None:
@@ -119,6 +125,9 @@ class Pool:
             lane = self.lanes[number]
             if lane.job is not None and lane.job["id"] != last:
                 return lane.job
+            if lane.since is not None:
+                lane.busy_seconds += time.monotonic() - lane.since
+                lane.since = None
             if not await self._until(lambda: self.closed or lane.closed or self._next(lane) is not None, POLL_SECONDS):
                 return False
             if lane.job is not None and lane.job["id"] != last:  # another worker of the lane was faster
@@ -196,7 +205,7 @@ class Pool:
         self._ids += 1
         trial.running.add(self._ids)
         lane.job = {"id": self._ids, "settings": trial.settings, "order": order}
-        lane.trial, lane.attempts = name, 1
+        lane.trial, lane.attempts, lane.since = name, 1, time.monotonic()
         return lane.job
 
     def _started_again(self, lane: _Lane) -> None:

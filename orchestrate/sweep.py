@@ -150,6 +150,7 @@ def sweep(study: Study, *, quiet: bool = False) -> Outcome:
         everything = [*_search_results(session, searcher), *judged.results]
         startup = {"driver": driver_startup, "workers": workers.startup_seconds() if workers is not None else 0.0}
         more = _search_values(searcher, best, everything) | {"startup_seconds": startup}
+        more["lane_busy_seconds"] = workers.busy_seconds() if workers is not None else None
         return _finish(session, judged, everything, counts, recorder, started, more)
 
 

@@ -31,6 +31,10 @@ class Workers:
         """What starting workers took, summed over those that start side by side."""
         return self.inline_startup_seconds if self.lanes is None else self.lanes.startup_seconds()
 
+    def busy_seconds(self) -> float | None:
+        """What lanes spent on orders, summed over lanes; None without lanes."""
+        return None if self.lanes is None else self.lanes.busy_seconds()
+
 
 @contextlib.contextmanager
 def open_workers(session: Session) -> Iterator[Workers]:

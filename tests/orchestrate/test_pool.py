@@ -246,3 +246,20 @@ def test_after_the_end_lanes_are_told_to_go_home() -> None:
         assert await pool.take(0, job["id"]) is None
 
     run(steps())
+
+
+def test_waiting_for_work_is_not_time_on_orders() -> None:
+    async def steps() -> None:
+        pool = Pool(1, 1)
+        await lanes(pool, 1)
+        taking = asyncio.create_task(pool.take(0, None))
+        await asyncio.sleep(0.3)
+        await pool.submit("a", {}, orders((0, 1)))
+        job: Any = await taking
+        await asyncio.sleep(0.1)
+        await finish(pool, job)
+        await pool.close()
+        await pool.take(0, job["id"])
+        assert 0.1 <= await pool.busy_seconds() < 0.3
+
+    run(steps())
