@@ -122,8 +122,11 @@ def _compared(values: dict[str, Any]) -> Headline:
     for name, block in values["spread"].items():
         last = block["a_last"]
         low, high = last.get("interval") or (None, None)
-        remark = f"{100 * values['confidence']:.0f}% interval {low:.2f} to {high:.2f}" if low is not None else ""
-        rows.append((name, f"{last['mean']:.2f} %", f"{remark}, worst order {last['worst']:.2f} %".removeprefix(", ")))
+        remark = f"{100 * values['confidence']:.0f}% interval {low:.2f} to {high:.2f}, " if low is not None else ""
+        remark += f"worst order {last['worst']:.2f} %"
+        if last["orders"] > 1 and last["worst"] == last["best"]:
+            remark = f"the same for all {last['orders']} orders"
+        rows.append((name, f"{last['mean']:.2f} %", remark))
     return Headline(tuple(rows), f"A_last on test images over {values['units']['note']}.")
 
 
