@@ -211,7 +211,8 @@ def tables(values: Block) -> tuple[Table, ...]:
     sources = list(dict.fromkeys(source for shares in variance.values() for source in shares))
     for name, block in values.get("disparity", {}).items():
         if block and block.get("average") is not None:
-            disparity.append((name, percent(block["average"]), percent(block["maximum"]), str(block["worst_task"] or "–")))
+            worst = block["worst_task"] or "–"
+            disparity.append((name, percent(block["average"]), percent(block["maximum"]), worst))
     for name, block in values.get("precision", {}).items():
         part = block.get("a_last", {})
         if part.get("orders_needed") is not None:
