@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loda.graph import StepNode
+from orchestrate.robustness.variants import make_cells
 from orchestrate.session import Session, open_session
 from orchestrate.store import StageStore
 from orchestrate.study import Study
@@ -72,6 +73,33 @@ def make_plan(study: Study) -> dict[str, Any]:
         "tree": {kind: _tree(session, works[kind], own[kind], there) for kind in works}
         if len(distinct) + len(tried) <= TREE_LIMIT
         else None,
+        "robustness": _compared(session),
+    }
+
+
+def _compared(session: Session) -> dict[str, Any] | None:
+    """What ``orchestrate robustness`` would compute, exactly, as all its settings are known; None without variants."""
+    if not session.study.robustness.variants:
+        return None
+    cells = make_cells(session)
+    orders = [_stages(session.nodes(cell.settings, work)) for cell in cells for work in session.evaluate_orders]
+    distinct = _distinct(orders)
+    steps = _steps(distinct)
+    there = {key for key in steps if session.store.has(key)}
+    to_run = Counter(step for key, step in steps.items() if key not in there)
+    requested = sum(len(stages) for stages in orders)
+    stored = sum(there.issuperset(_steps({stage: distinct[stage]})) for stage in distinct)
+    return {
+        "variants": list(session.study.robustness.variants),
+        "settings": len(cells),
+        "orders": len(session.evaluate_orders),
+        "stages_requested": requested,
+        "stages_distinct": len(distinct),
+        "stages_stored": stored,
+        "stages_to_run": len(distinct) - stored,
+        "share_saved_percent": 100 * (1 - len(distinct) / requested),
+        "steps_to_run": sum(to_run.values()),
+        **_expected(to_run, _measured(session.store, sorted(there)), session.study.resources.concurrent_trials),
     }
 
 

@@ -132,6 +132,13 @@ def plan(values: Mapping[str, Any]) -> None:
         ("expected", values["expected"]),
         ("store", f"{values['store']} ({values['store_bytes'] / 1e6:.1f} MB)"),
     ]
+    if compared := values["robustness"]:
+        text = (
+            f"{compared['orders']} orders x {compared['settings']} variants and seeds: "
+            f"{compared['stages_requested']} stages ({compared['stages_distinct']} distinct), "
+            f"{compared['stages_stored']} stored, {compared['stages_to_run']} to run; {compared['expected']}"
+        )
+        rows.append(("orchestrate robustness", text))
     _rows(f"{values['study']}: plan, {values['order_design']} {values['order_kind']} orders", rows)
     for kind, names in values["order_names"].items():
         tree = None if values["tree"] is None else _picture(f"{kind} orders", values["tree"][kind])

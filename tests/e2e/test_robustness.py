@@ -272,3 +272,18 @@ def test_a_bad_section_is_named_before_any_work(
     assert done.code == 2, done.err
     assert all(part in done.err for part in parts), done.err
     assert done.out == "" and not (tmp_path / "runs").exists() and not (tmp_path / "stages").exists()
+
+
+def test_plan_knows_exactly_what_the_variants_need(
+    folder: Path, values: dict[str, Any], tmp_path: Path, command: Command
+) -> None:
+    done = command(folder, "plan", "study.yaml", "--json").values["robustness"]
+    assert done["variants"] == ["loda", "frozen"]
+    assert done["stages_requested"] == values["stages_requested"]
+    assert done["stages_to_run"] == done["steps_to_run"] == 0
+    new = command(folder, "plan", "study.yaml", "-s", f"resources.store={tmp_path}", "--json").values["robustness"]
+    assert (new["stages_stored"], new["expected_worker_hours"]) == (0, None)
+    assert new["stages_to_run"] == values["stages_run"]
+    assert new["steps_to_run"] == values["steps_run"]
+    alone = command(folder, "plan", "study.yaml", "-s", "robustness.variants={}", "--json").values
+    assert alone["robustness"] is None
