@@ -51,7 +51,7 @@ def _layers(facts: pd.DataFrame, kinds: list[str], name: str, title: str) -> Cha
         part = facts[facts["kind"] == kind]
         table = part.pivot_table(index="layer", columns="position", values="value", aggfunc="mean").reindex(layers)
         values = table.to_numpy() * (100 if share else 1)
-        means[kind] = float(np.nanmean(values))
+        means[kind] = float(part["value"].mean()) * (100 if share else 1)
         top = 100.0 if share else float(np.nanmax(values))
         colours = matplotlib.colormaps["viridis"]
         axes.grid(False)
