@@ -1,7 +1,7 @@
 """The numbers of a finished comparison: its rows, paired differences, and tables for people.
 
-    python benchmarks/comparison_table.py                            # benchmarks/results/comparison.json
-    python benchmarks/comparison_table.py other.json --markdown      # as in docs/comparison.md
+python benchmarks/comparison_table.py                            # benchmarks/results/comparison.json
+python benchmarks/comparison_table.py other.json --markdown      # as in docs/comparison.md
 """
 
 from __future__ import annotations

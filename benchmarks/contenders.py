@@ -91,6 +91,13 @@ def grid_of(contender: Contender, points: int, margins: Sequence[float]) -> list
     return [{"lr": lr, "margin": margin} for margin in margins for lr in learning_rates(contender.lr, points)]
 
 
+def beyond(rates: Sequence[float], best: float) -> float | None:
+    """The next rate past the end of those tried, if the best one is there; None if it lies between others."""
+    if best == max(rates):
+        return best * 2
+    return best / 2 if best == min(rates) else None
+
+
 def settings_of(base: RunSettings, contender: Contender, chosen: dict[str, float]) -> RunSettings:
     """The study under another method, with its own training settings, learning rate and margin."""
     values = base.model_dump() | {"method": contender.method}
