@@ -41,6 +41,7 @@ from comparison_rows import EXTENSIONS, Plan, bench_of, compute
 from comparison_table import RESULTS, Row, differences, table
 from contenders import contenders, grid_of, row_digest, with_likes
 
+from loda.errors import ConfigError
 from orchestrate.orders import design_orders
 from orchestrate.study import load_study
 
@@ -133,11 +134,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the JSON document is kept")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout instead of tables")
     args = parser.parse_args()
-    study = load_study(args.study)
-    if args.epochs:
-        study = study.with_values({"training.epochs": args.epochs})
-    tasks = len(bench_of(study, args.classes).tasks)
-    orders = design_orders("random", tasks, args.tune_orders, args.orders, study.orders.seed)
+    try:
+        study = load_study(args.study)
+        if args.epochs:
+            study = study.with_values({"training.epochs": args.epochs})
+        tasks = len(bench_of(study, args.classes).tasks)
+        orders = design_orders("random", tasks, args.tune_orders, args.orders, study.orders.seed)
+    except ConfigError as error:
+        parser.error(str(error))
     plan = Plan(study, args.classes, tuple(orders.tune), tuple(orders.evaluate), args.grid, tuple(args.margins))
     document = compare(plan, args)
     print(json.dumps(document, indent=1, allow_nan=False) if args.json else table(document))
