@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Annotated
 
@@ -120,6 +119,7 @@ def ui(
     Example: `orchestrate ui --port 5001`
     """
     from orchestrate.catalogue import experiment_of
+    from orchestrate.processes import serve
     from orchestrate.tracking_uri import tracking_uri, ui_command, ui_environment, ui_url
 
     store = tracking_uri(uri, Path.cwd())
@@ -130,7 +130,7 @@ def ui(
     if dry_run:
         typer.echo(" ".join(command))
         return
-    raise typer.Exit(subprocess.run(command, env=os.environ | ui_environment(), check=False).returncode)
+    raise typer.Exit(serve(command, os.environ | ui_environment()))
 
 
 @app.command()

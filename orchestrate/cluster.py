@@ -30,7 +30,7 @@ def resource_problems(study: Study) -> list[str]:
 
 @contextlib.contextmanager
 def ray_cluster(study: Study) -> Iterator[None]:
-    """Connect to ``resources.address``, or start Ray here, on 127.0.0.1, with as many CPUs as the study can use.
+    """Connect to ``resources.address``, or start Ray here, with as many CPUs as the study can use.
 
     Raises:
         ConfigError: the address doesn't answer.

@@ -25,8 +25,8 @@ def lane_trial(config: Mapping[str, Any]) -> None:
     trial = tune.get_context().get_trial_id()
     ledger = TrialLedger(config["objective"], [order["name"] for order in config["orders"]])
     ray.get(pool.submit.remote(trial, config["settings"], config["orders"]))
+    records: list[dict[str, Any]] = []
     while not ledger.complete:
-        records = []
         news = ray.get(pool.collect.remote(trial, 5.0))
         for item in news:
             if item["kind"] == "failed":
@@ -35,6 +35,8 @@ def lane_trial(config: Mapping[str, Any]) -> None:
                 records.append(item["record"])
             else:
                 ledger.add(item["order"], item["outcome"])
-        if news and (records or not ledger.complete):
+        # All orders through is the end, not progress: a scheduler must not stop what has nothing left to do.
+        if news and not ledger.complete:
             tune.report(ledger.progress(records))
-    tune.report(ledger.final())
+            records = []
+    tune.report(ledger.final(records))

@@ -1,12 +1,16 @@
-"""Which process, on which host: enough to tell that the holder of something is dead."""
+"""Which process, on which host: enough to tell that the holder of something is dead. And a server in the foreground."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -62,3 +66,22 @@ def is_dead(process: Mapping[str, Any]) -> bool:
         return True
     start = process_start(pid)
     return start is not None and start != process.get("pid_start")
+
+
+def serve(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a server until it ends, or until Ctrl-C or SIGTERM; it and its own workers end with this process."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    process = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        with contextlib.suppress(ProcessLookupError):  # gone already
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait()

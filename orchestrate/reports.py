@@ -60,8 +60,11 @@ class TrialLedger:
             return sum(point["a_last"] for point in self._curve.values()) / len(self._curve)
         return self._curve[max(self._curve)][metric]
 
-    def final(self) -> dict[str, Any]:
+    def final(self, events: Events = ()) -> dict[str, Any]:
         """The last report. It rests on stored results alone, so it can always be repeated.
+
+        Args:
+            events: stages that no report has told of yet.
 
         Raises:
             StageError: the objective isn't finite.
@@ -70,7 +73,7 @@ class TrialLedger:
             values = self._objectives()
         except ValueError as error:
             raise StageError(f"the objective can't be computed: {error}") from error
-        return {"finished": True, "events": [], "orders": self._orders()} | values
+        return {"finished": True, "events": list(events), "orders": self._orders()} | values
 
     def _through(self) -> list[tuple[str, dict[str, Any]]]:
         return [(name, self.outcomes[name]) for name in self.orders if name in self.outcomes]

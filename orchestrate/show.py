@@ -189,21 +189,21 @@ def catalogue(values: Mapping[str, Any]) -> None:
 
 
 def methods(values: Sequence[Mapping[str, Any]]) -> None:
-    """The registry."""
-    table = Table()
-    for column in ("method", "what it does", "merges", "task id", "memory", "rule", "source"):
-        table.add_column(column)
+    """The registry, for any width of terminal: what is worth knowing of a method, and not of most, is said in words."""
+    table = Table(show_lines=True)
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it does, and its source")
+    table.add_column("memory", no_wrap=True)
     for row in values:
-        table.add_row(
-            row["name"],
-            row["summary"],
-            "yes" if row["mergeable"] else "no",
-            "needed" if row["needs_task_id"] else "not needed",
-            row["memory_growth"],
-            "reconstructed" if row["reconstructed"] else "published",
-            row["source"],
-        )
-    _console().print(table)
+        remarks = [
+            "reconstructed" if row["reconstructed"] and "reconstructed" not in row["source"] else "",
+            "" if row["mergeable"] else "not one merged backbone",
+            "needs the task id" if row["needs_task_id"] else "",
+        ]
+        text = f"{row['summary']}\n[dim]{escape(row['source'])}[/dim]"
+        marks = ", ".join(remark for remark in remarks if remark)
+        table.add_row(row["name"], f"{text}\n[yellow]{marks}[/yellow]" if marks else text, row["memory_growth"])
+    Console(highlight=False).print(table)
 
 
 def doctor(values: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 
 from loda.errors import ConfigError
 from loda.settings import RunSettings
+from orchestrate import tracking_delivery
 from orchestrate.tracking import Tracker
 from orchestrate.tracking_uri import is_server, redact, tracking_uri, ui_command, ui_environment
 from tests.orchestrate.tracked import PARAMS, Learned, assert_complete, learn_two_orders, log_order, log_study
@@ -137,8 +138,15 @@ def test_a_server_takes_the_same_study(server: Server, experiment: str, learned:
 
 
 def test_what_is_logged_while_the_server_is_away_arrives_later(
-    server: Server, experiment: str, learned: Learned, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: Server,
+    experiment: str,
+    learned: Learned,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # However long the server takes to start on a busy machine, it isn't asked again before the end.
+    monkeypatch.setattr(tracking_delivery, "RETRY_SECONDS", 3600.0)
     waiting = tmp_path / "waiting.jsonl"
     tracker = Tracker.open(server.uri, experiment, tmp_path, spool=waiting)
     study = tracker.study_run("shapes", "d1", PARAMS)
