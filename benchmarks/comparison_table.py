@@ -120,6 +120,7 @@ def difference_rows(document: dict[str, Any]) -> list[list[str]]:
 
 
 FIGURES = ["method", "lr", "margin", "A_last", "A_avg", "forgetting", "kept, kB", "trained", "s/order"]
+MARKS = ("<!-- tables -->", "<!-- end of tables -->")
 AHEAD = ["LoDA minus", "metric", "mean", "95% t", "95% BCa", "orders won"]
 
 
@@ -155,12 +156,31 @@ def table(document: dict[str, Any], markdown: bool = False) -> str:
     return "\n".join([*lines, "", f"wall {document['wall_seconds']:.0f} s, {document['machine']['threads']} thread(s)"])
 
 
+def put_into(page: str, made: str) -> str:
+    """The page with what is between its marks replaced.
+
+    Raises:
+        ValueError: no pair of marks.
+    """
+    before, middle, after = page.partition(MARKS[0])
+    _, mark, after = after.partition(MARKS[1])
+    if not (middle and mark):
+        raise ValueError(f"no {MARKS[0]} ... {MARKS[1]} on this page")
+    return f"{before}{MARKS[0]}\n{made}\n{MARKS[1]}{after}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, default=RESULTS, help="what comparison.py has written")
     parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="a page of Markdown whose tables are written again")
     args = parser.parse_args()
-    print(table(json.loads(args.file.read_text(encoding="utf-8")), args.markdown))
+    document = json.loads(args.file.read_text(encoding="utf-8"))
+    if args.into:
+        page = args.into.read_text(encoding="utf-8")
+        args.into.write_text(put_into(page, table(document, markdown=True)), encoding="utf-8")
+    else:
+        print(table(document, args.markdown))
 
 
 if __name__ == "__main__":

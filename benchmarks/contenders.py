@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from comparison_table import SUBJECT
+
 from loda.methods import registry
 from loda.settings import RunSettings
 from loda.workbench import Workbench, canonical_digest
 from orchestrate.study import Study
-
-SUBJECT = "loda"
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,14 @@ def test_the_comparisons_table_names_every_method(tiny_study: Path, tmp_path: Pa
     assert "A_last" in printed and "95% BCa" in printed
 
 
+def test_the_page_on_the_comparison_has_the_tables_of_the_results(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    again = tmp_path / "again.md"
+    again.write_text(page.replace("| loda |", "| another |"), encoding="utf-8")
+    run_script("comparison_table.py", "--into", again, folder=tmp_path)
+    assert again.read_text(encoding="utf-8") == page
+
+
 def test_the_gao_step_reports_its_ratio_to_the_floor(tiny_study: Path, tmp_path: Path) -> None:
     printed = run_script("gao_step.py", tiny_study, "--pairs", 3, "--batches", 2, "--json", folder=tmp_path)
     measured = json.loads(printed)
