@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.conftest import SettingsFactory
+from tests.conftest import TEST_PER_CLASS, SettingsFactory
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"loda", "loda without GAO", "sequential", "simplecil", "simplecil lda", "joint"}
+METHODS = {
+    *("loda", "loda without GAO", "sequential", "inflora", "sdlora", "olora", "keeplora", "slao", "coso", "lora_pm"),
+    *("gainlora", "expert_pool", "bilora", "ranpac", "simplecil", "simplecil lda", "joint"),
+}
+SHORT = ("--orders", 2, "--tune-orders", 1, "--grid", 1, "--margins", 0)
+
+Here = Callable[..., tuple[object, str]]
 
 
 def run_script(name: str, *arguments: object, folder: Path) -> str:
@@ -45,29 +54,61 @@ def compared(study: Path | str | None, folder: Path, *arguments: object) -> dict
     return document
 
 
+@pytest.fixture
+def compare_here(tiny_study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """The same in this process, which saves the start: exit status or message, and standard error."""
+
+    def run(kept: Path, *arguments: object) -> tuple[object, str]:
+        argv = ["comparison.py", str(tiny_study), "--json", "--out", str(kept), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / "benchmarks" / "comparison.py"), run_name="__main__")
+        except SystemExit as stopped:
+            return stopped.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return run
+
+
 def test_the_comparison_gives_every_method_the_same_orders_and_the_same_effort(
-    tiny_study: Path, tmp_path: Path
+    compare_here: Here, tmp_path: Path
 ) -> None:
-    document = compared(tiny_study, tmp_path, "--orders", 3, "--tune-orders", 2, "--grid", 2, "--margins", 0, 0.1)
+    trained, others = ("loda", "sequential", "coso", "joint"), ("loda without GAO", "ranpac", "simplecil")
+    arguments = ("--orders", 3, "--tune-orders", 2, "--grid", 2, "--margins", 0, 0.1)
+    assert compare_here(tmp_path / "kept", *arguments, "--methods", *trained, *others)[0] == 0
+    document = json.loads((tmp_path / "kept").read_text(encoding="utf-8"))
     rows = document["rows"]
-    assert set(rows) == METHODS
+    assert set(rows) == {*trained, *others}
     orders = [entry["order"] for entry in rows["loda"]["orders"]]
     assert len(orders) == 3
     assert not [order for order in orders if order in document["tune_orders"]]
     for name, row in rows.items():
         assert [entry["order"] for entry in row["orders"]] == orders, name
         assert all(len(entry["state_digest"]) == 64 and 0 <= entry["a_last"] <= 100 for entry in row["orders"]), name
-    for name in ("loda", "sequential", "joint"):
+    for name in trained:
         scores = {(point["lr"], point["margin"]): point["validation_a_avg"] for point in rows[name]["grid"]}
-        assert len(scores) == 4, name
+        rates = sorted({lr for lr, _ in scores})
+        assert len(scores) == 2 * len(rates) and all(high == 2 * low for low, high in itertools.pairwise(rates)), name
         chosen = rows[name]["chosen"]
         assert scores[chosen["lr"], chosen["margin"]] == max(scores.values()), name
+        assert rates[0] < chosen["lr"] < rates[-1] or len(rates) == 2 + 3, name
     assert rows["loda without GAO"]["chosen"] == rows["loda"]["chosen"]
+    assert rows["ranpac"]["chosen"] == rows["simplecil"]["chosen"] == {}
     assert rows["sequential"]["orders"][0]["state_digest"] != rows["loda"]["orders"][0]["state_digest"]
+    # One pair of the rank of LoDA's two branches together, in float32, on two layers of each width.
+    pairs = 2 * (4 + 4) * (32 + 96 + 128 + 32)
+    assert (rows["sequential"]["trainable_parameters"], rows["sequential"]["memory_bytes"]) == (pairs, 4 * pairs)
+    assert (rows["simplecil"]["trainable_parameters"], rows["simplecil"]["memory_bytes"]) == (0, 0)
+    assert all(row["seconds_per_order"] > 0 for row in rows.values())
 
 
-def test_the_comparisons_differences_are_those_of_its_rows(tiny_study: Path, tmp_path: Path) -> None:
-    document = compared(tiny_study, tmp_path, "--orders", 4, "--tune-orders", 1, "--grid", 1, "--margins", 0)
+def test_the_comparisons_differences_are_those_of_its_rows(compare_here: Here, tmp_path: Path) -> None:
+    names = ("loda", "sequential", "ranpac", "joint")
+    arguments = ("--orders", 4, "--tune-orders", 1, "--grid", 1, "--margins", 0, "--methods", *names)
+    assert compare_here(tmp_path / "kept", *arguments)[0] == 0
+    document = json.loads((tmp_path / "kept").read_text(encoding="utf-8"))
     rows = document["rows"]
     for name, metrics in document["differences"].items():
         for metric, found in metrics.items():
@@ -77,50 +118,106 @@ def test_the_comparisons_differences_are_those_of_its_rows(tiny_study: Path, tmp
             assert found["won"] == sum(difference > 0 for difference in differences)
             if found["t"] is not None:
                 assert found["t"][0] < found["mean"] < found["t"][1]
-    assert set(document["differences"]) == METHODS - {"loda"}
+    assert set(document["differences"]) == {"sequential", "ranpac", "joint"}
     assert "a_avg" not in document["differences"]["joint"], "joint training has no curve to average"
 
 
 def test_an_order_in_the_comparison_is_the_order_run_alone(tiny_study: Path, tmp_path: Path) -> None:
     import loda
 
-    arguments = ("--orders", 2, "--tune-orders", 1, "--grid", 1, "--margins", 0)
-    row = compared(tiny_study, tmp_path, *arguments)["rows"]["loda"]
+    row = compared(tiny_study, tmp_path, *SHORT, "--methods", "loda")["rows"]["loda"]
     for entry in row["orders"]:
         alone = loda.run_sequence(tiny_study, order=entry["order"])
         assert (alone.state_digest, alone.summary.a_last) == (entry["state_digest"], entry["a_last"])
 
 
-def test_a_setting_that_diverges_is_no_candidate(tiny_study: Path, tmp_path: Path) -> None:
+def test_a_comparison_in_parts_is_the_comparison_at_once(compare_here: Here, tiny_study: Path, tmp_path: Path) -> None:
+    def digests(document: dict[str, Any]) -> dict[str, list[str]]:
+        return {name: [entry["state_digest"] for entry in row["orders"]] for name, row in document["rows"].items()}
+
+    names = ("loda without GAO", "simplecil", "joint")
+    assert compare_here(tmp_path / "once", *SHORT, "--methods", *names)[0] == 0
+    once = json.loads((tmp_path / "once").read_text(encoding="utf-8"))
+    assert list(once["rows"]) == ["loda", *names], "a row whose values another one takes over comes along"
+    (tmp_path / "kept").mkdir()
+    assert compare_here(tmp_path / "kept" / "comparison.json", *SHORT, "--methods", "simplecil")[0] == 0
+    parts = compared(tiny_study, tmp_path, *SHORT, "--methods", *names, "--jobs", 2)
+    assert digests(parts) == digests(once) and list(parts["rows"]) == list(once["rows"])
+    assert parts["differences"] == once["differences"]
+
+
+def test_a_row_is_computed_again_only_when_it_has_changed_or_on_request(compare_here: Here, tmp_path: Path) -> None:
+    kept = tmp_path / "comparison.json"
+
+    def marked(**changes: str) -> None:
+        document = json.loads(kept.read_text(encoding="utf-8"))
+        document["rows"]["simplecil"] |= {"seconds_per_order": 12345.0, **changes}
+        kept.write_text(json.dumps(document), encoding="utf-8")
+
+    def seconds(*arguments: object) -> float:
+        assert compare_here(kept, *SHORT, "--methods", "simplecil", *arguments)[0] == 0
+        return json.loads(kept.read_text(encoding="utf-8"))["rows"]["simplecil"]["seconds_per_order"]
+
+    first = seconds()
+    assert 0 < first < 12345
+    marked()
+    assert seconds() == 12345
+    marked(settings_digest="of other settings")
+    assert seconds() < 12345
+    marked()
+    assert seconds("--fresh") < 12345
+
+
+def test_a_file_of_another_comparison_is_refused(compare_here: Here, tmp_path: Path) -> None:
+    kept = tmp_path / "comparison.json"
+    assert compare_here(kept, *SHORT, "--methods", "simplecil")[0] == 0
+    before = kept.read_bytes()
+    for changed, said in (
+        (("--grid", 2), "holds a comparison with other effort"),
+        (("--classes", 4), "holds a comparison with other classes"),
+        (("--classes", 7), "expected 1 to 6"),
+        (("--methods", "lodda"), "no 'lodda' here"),
+    ):
+        status, printed = compare_here(kept, *SHORT, *changed)
+        assert said in f"{status} {printed}"
+        assert kept.read_bytes() == before
+
+
+def test_only_the_first_classes_are_compared_when_asked(compare_here: Here, tmp_path: Path) -> None:
+    kept = tmp_path / "comparison.json"
+    assert compare_here(kept, *SHORT, "--classes", 3, "--methods", "simplecil")[0] == 0
+    document = json.loads(kept.read_text(encoding="utf-8"))
+    assert document["classes"] == len(document["tasks"]) == 3
+    for entry in document["rows"]["simplecil"]["orders"]:
+        right = [accuracy * TEST_PER_CLASS * n / 100 for n, accuracy in enumerate(entry["curve"], 1)]
+        assert right == pytest.approx([round(count) for count in right], abs=0.01), "tasks are of one class each"
+
+
+def test_a_setting_that_diverges_is_no_candidate(compare_here: Here, tiny_study: Path, tmp_path: Path) -> None:
     values = yaml.safe_load(tiny_study.read_text(encoding="utf-8"))
     values["training"]["lr"] = 1e30
     tiny_study.write_text(yaml.safe_dump(values), encoding="utf-8")
-    arguments = [
-        "--orders",
-        "2",
-        "--tune-orders",
-        "1",
-        "--grid",
-        "1",
-        "--margins",
-        "0",
-        "--out",
-        str(tmp_path / "kept"),
-    ]
-    command = [sys.executable, str(ROOT / "benchmarks" / "comparison.py"), str(tiny_study), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    assert "diverged" in done.stderr and "loda: every setting of the grid failed" in done.stderr
+    status, printed = compare_here(tmp_path / "kept", *SHORT, "--methods", "loda")
+    assert "diverged" in printed and "loda: every setting of the grid failed" in str(status)
     assert not (tmp_path / "kept").exists()
 
 
 def test_the_comparisons_table_names_every_method(tiny_study: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept.json"
-    arguments = ("--orders", 2, "--tune-orders", 1, "--grid", 1, "--margins", 0)
-    printed = run_script("comparison.py", tiny_study, "--out", kept, *arguments, folder=tmp_path)
+    printed = run_script("comparison.py", tiny_study, "--out", kept, *SHORT, folder=tmp_path)
+    again = run_script("comparison_table.py", kept, "--markdown", folder=tmp_path)
     for name in METHODS:
-        assert f"\n{name} " in printed
+        assert f"\n{name} " in printed and f"\n| {name} | " in again
+    assert set(json.loads(kept.read_text(encoding="utf-8"))["rows"]) == METHODS
     assert "A_last" in printed and "95% BCa" in printed
+
+
+def test_the_page_on_the_comparison_has_the_tables_of_the_results(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    again = tmp_path / "again.md"
+    again.write_text(page.replace("| loda |", "| another |"), encoding="utf-8")
+    run_script("comparison_table.py", "--into", again, folder=tmp_path)
+    assert again.read_text(encoding="utf-8") == page
 
 
 def test_the_gao_step_reports_its_ratio_to_the_floor(tiny_study: Path, tmp_path: Path) -> None:
@@ -165,7 +262,7 @@ def test_sharing_runs_each_prefix_once_to_the_same_digests(tiny_study: Path, tmp
 @pytest.mark.slow
 def test_the_bundled_study_is_compared_without_arguments_naming_it(tmp_path: Path) -> None:
     arguments = ("--orders", 2, "--tune-orders", 1, "--grid", 1, "--margins", 0.1, "--epochs", 1)
-    document = compared(None, tmp_path, *arguments)
+    document = compared(None, tmp_path, *arguments, "--methods", "loda", "simplecil lda")
     assert document["study"] == "alphabets"
     assert len(document["tasks"]) == 5
     rows = document["rows"]
