@@ -144,7 +144,7 @@ def measure(document: dict[str, Any], args: argparse.Namespace, racing: RacingSe
         "regret_difference_95": [float(difference.mean() - half), float(difference.mean() + half)],
         "same_choice": float(np.mean([row["same_choice"] for row in rows])),
         "stopped": float(np.mean([row["stopped"] for row in rows])),
-        "settings": len(rows) and min(args.settings, len(table)),
+        "settings": min(args.settings, len(table)),
         "tune_orders": args.tune,
         "seeds": args.seeds,
         "best_of_table": best,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -43,3 +43,26 @@ class PairMethod(Method):
             width = branched.base.in_features
             down_rD = random_down(self.settings.rank, width, self.settings.start_seed, name, observation.position)
             branched.add("lora", down_rD, scale=self.settings.scale, train_down=True)
+
+
+class CarriedPair(PairMethod):
+    """A method that carries one pair from task to task: ``<layer>.down``, ``<layer>.up`` and what else it keeps.
+
+    Its weights are ``W_0`` and the newest task's change, never a sum over tasks; W_0 lies under the pair in training.
+    """
+
+    def __init__(self, settings: PairSettings) -> None:
+        super().__init__(settings)
+        self.pair: dict[str, Tensor] = {}
+
+    def weights_at_rest(self, factors: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
+        return factors[-1:]
+
+    def weights_in_training(self, factors: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
+        return ()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return self.pair
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], model: Backbone) -> None:
+        self.pair = {name: tensor.to(model.device) for name, tensor in tensors.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from loda.backbone import Backbone
 from loda.methods.base import Observation
 from loda.methods.loda import PUBLISHED_TRAINING
-from loda.methods.pairs import PairMethod, PairSettings, random_down
+from loda.methods.pairs import CarriedPair, PairSettings, random_down
 
 
 class SequentialSettings(PairSettings):
@@ -19,7 +19,7 @@ class SequentialSettings(PairSettings):
     name: Literal["sequential"] = "sequential"  # type: ignore[assignment]
 
 
-class Sequential(PairMethod):
+class Sequential(CarriedPair):
     """The usual lower bound: A and B at the start of a task equal those at the end of the task before.
 
     Its weights are always ``W_0 + scale · B A`` with the newest pair, never a sum over tasks.
@@ -32,10 +32,6 @@ class Sequential(PairMethod):
     published: ClassVar[Mapping[str, Any]] = {"method.rank": 32, **PUBLISHED_TRAINING}  # as LoDA's
 
     settings: SequentialSettings
-
-    def __init__(self, settings: SequentialSettings) -> None:
-        super().__init__(settings)
-        self.pair: dict[str, Tensor] = {}
 
     def begin_task(self, model: Backbone, observation: Observation) -> None:
         model.attach()
@@ -54,15 +50,3 @@ class Sequential(PairMethod):
             self.pair[f"{name}.down"] = branch.down.detach().clone()
             self.pair[f"{name}.up"] = branch.up.detach().clone()
         return super().merged(model, observation, adapted)
-
-    def weights_at_rest(self, factors: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
-        return factors[-1:]
-
-    def weights_in_training(self, factors: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
-        return ()
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        return self.pair
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], model: Backbone) -> None:
-        self.pair = {name: tensor.to(model.device) for name, tensor in tensors.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loda.backbone import Backbone
 from loda.methods.base import Observation
-from loda.methods.pairs import PairMethod, PairSettings
+from loda.methods.pairs import CarriedPair, PairSettings
 from loda.moments import LayerMoments
 
 
@@ -28,7 +28,7 @@ def orthonormal_rows(down_rD: Tensor) -> Tensor:
     return (Q_Dr * torch.where(signs_r == 0, torch.ones_like(signs_r), signs_r)).mT.to(down_rD)
 
 
-class Slao(PairMethod):
+class Slao(CarriedPair):
     """B starts at the last fine-tuned B, A at the orthonormalised rows of the last fine-tuned A; both are trained.
 
     Afterwards ``A_m = A_t`` and ``B_m += (B_t - B_m) / √t``; the model predicts with ``W_0 + s B_m A_m``. The first
@@ -42,10 +42,6 @@ class Slao(PairMethod):
     published: ClassVar[Mapping[str, Any]] = {"method.rank": 8}
 
     settings: SlaoSettings
-
-    def __init__(self, settings: SlaoSettings) -> None:
-        super().__init__(settings)
-        self.pair: dict[str, Tensor] = {}  # <layer>.down and .up as fine-tuned last, <layer>.merged the B_m
 
     def begin_task(self, model: Backbone, observation: Observation) -> None:
         if not self.pair:
@@ -67,15 +63,3 @@ class Slao(PairMethod):
             self.pair |= {f"{name}.down": down_rD, f"{name}.up": up_Or, f"{name}.merged": merged_Or}
             factors |= {f"{name}.up": branch.number * merged_Or, f"{name}.down": down_rD}
         return factors
-
-    def weights_at_rest(self, factors: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
-        return factors[-1:]
-
-    def weights_in_training(self, factors: Sequence[Mapping[str, Tensor]]) -> Sequence[Mapping[str, Tensor]]:
-        return ()
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        return self.pair
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor], model: Backbone) -> None:
-        self.pair = {name: tensor.to(model.device) for name, tensor in tensors.items()}
