@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from loda.branch import BranchedLinear, attach, detach
 from loda.errors import ConfigError
+from loda.merging import MergedWeights
 from loda.seeds import derive_seed
 from loda.vision import resample_abs_pos_embed, timm
 
@@ -64,6 +65,7 @@ class Backbone:
         if unmatched:
             raise ConfigError(f"backbone.target: no linear layer ends in {unmatched}; this backbone has {linear}")
         self.original = {name: self._linear(name).weight.detach().clone() for name in self.layers}
+        self._merged = MergedWeights(self.original)
         self.attached: dict[str, BranchedLinear] = {}
         self.shared = nn.ModuleDict()  # what a method attaches once for all layers, such as gates
         self.tasks_B: Tensor | None = None  # of the images that are passing, where a method knows them
@@ -106,17 +108,10 @@ class Backbone:
         return self.model(images_BCHW)
 
     def load_merges(self, merges: Sequence[Mapping[str, Tensor]]) -> None:
-        """Set the adapted weights to ``W_0 + Σ up @ down`` (or ``+ delta``, where a task left a change of full rank),
-        summed task after task so that the bits never depend on where a run was taken up."""
+        """Set the adapted weights to those after these tasks (:class:`loda.merging.MergedWeights`)."""
         with torch.no_grad():
-            for name in self.layers:
-                weight = self.original[name].clone()
-                for factors in merges:
-                    if f"{name}.up" in factors:
-                        weight += factors[f"{name}.up"].to(self.device) @ factors[f"{name}.down"].to(self.device)
-                    if f"{name}.delta" in factors:
-                        weight += factors[f"{name}.delta"].to(self.device)
-                self._linear(name).weight.copy_(weight)
+            for name, weight_OD in self._merged.after(merges).items():
+                self._linear(name).weight.copy_(weight_OD)
 
     def attach(self) -> None:
         """Put branch holders on all target layers."""

@@ -42,6 +42,11 @@ class StepNode:
         return len(self.chain)
 
     @property
+    def merged_only(self) -> tuple[str, ...]:
+        """Keys of earlier stages of which only the merged factors are read: all but the last, whose memory goes on."""
+        return self.chain[:-1]
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """Every key that must be there before this step can run."""
         return (*self.chain, *self.inputs.values())

@@ -25,7 +25,7 @@ from loda.moments import LayerMoments
 from loda.seeds import generator
 from loda.state import Artifact
 from loda.training import EpochCallback, train_task, trainable_parameters
-from loda.workbench import Workbench, merge_factors, method_after
+from loda.workbench import MERGED, Workbench, merge_factors, method_after
 
 
 def run_step(
@@ -213,7 +213,7 @@ def _consolidate(
             epochs=settings.head.alignment_epochs,
             logit_norm=settings.head.logit_norm,
         )
-    tensors = {f"merge/{name}": tensor for name, tensor in factors.items()}
+    tensors = {f"{MERGED}{name}": tensor for name, tensor in factors.items()}
     tensors |= {f"memory/{name}": tensor for name, tensor in method.state_tensors().items()}
     tensors |= {
         "head": head_CD,

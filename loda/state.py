@@ -66,6 +66,13 @@ class Artifact:
             sha.update(_raw_bytes(self.tensors[name]))
         return sha.hexdigest()
 
+    def part(self, prefix: str) -> Artifact:
+        """Only the tensors whose names start so, shared with this artifact and not copied; its digest is its own."""
+        part = type(self).__new__(type(self))
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+        part._set(tensors, self.meta, self.timings)
+        return part
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors in memory."""

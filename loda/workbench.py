@@ -142,9 +142,12 @@ class Workbench:
         return features_ND.cpu(), recorder.value()
 
 
+MERGED = "merge/"
+
+
 def merge_factors(artifact: Artifact) -> dict[str, Tensor]:
     """What a consolidated task adds to the weights."""
-    return {name.removeprefix("merge/"): t for name, t in artifact.tensors.items() if name.startswith("merge/")}
+    return {name.removeprefix(MERGED): t for name, t in artifact.tensors.items() if name.startswith(MERGED)}
 
 
 def memory_tensors(artifact: Artifact) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -21,13 +20,12 @@ from loda.stage import run_step
 from loda.state import Artifact
 from loda.workbench import Workbench, canonical_digest, open_workbench
 from orchestrate.reports import TrialLedger
+from orchestrate.step_memory import StepMemory
 from orchestrate.store import StageStore
 from orchestrate.study import Study, parse_study
 from orchestrate.work import OrderWork, WorkList
 
 Report = Callable[[dict[str, Any]], None]
-Memory = OrderedDict[str, Artifact]
-KEPT_IN_MEMORY = 96  # artifacts; a stage's parents are needed again at once, and the store has the rest
 
 _benches: dict[str, Workbench] = {}
 
@@ -61,22 +59,15 @@ class Walker:
         self,
         bench: Workbench,
         store: StageStore,
-        memory: Memory | None = None,
+        memory: StepMemory | None = None,
         wanted: Callable[[], bool] | None = None,
     ) -> None:
         self.bench, self.store = bench, store
         self.owner = f"{socket.gethostname()}:{os.getpid()}"  # whom a lease names
-        self._memory: Memory = OrderedDict() if memory is None else memory
+        self._memory = StepMemory() if memory is None else memory
         self._wanted = wanted
         self._nodes: dict[str, StepNode] = {}
         self.computed: dict[str, float] = {}  # seconds of what was computed here and isn't reported yet
-
-    def _remember(self, key: str, artifact: Artifact) -> Artifact:
-        self._memory[key] = artifact
-        self._memory.move_to_end(key)
-        while len(self._memory) > KEPT_IN_MEMORY:
-            self._memory.popitem(last=False)
-        return artifact
 
     def check(self, *progress: int) -> None:
         """Stop here if the work isn't wanted any more; ``progress`` is what epoch callbacks pass and isn't used.
@@ -95,13 +86,21 @@ class Walker:
         self.bench.group.sum_([votes])
         return int(votes) == self.bench.group.size
 
-    def fetch(self, key: str) -> Artifact:
-        """An artifact that should be stored; one that turns out to be damaged is computed again."""
+    def fetch(self, key: str, merged_only: bool = False) -> Artifact:
+        """An artifact that should be stored; one that turns out to be damaged is computed again.
+
+        Args:
+            merged_only: what it adds to the weights is enough.
+        """
         while True:
-            artifact = self._memory.get(key) or self.store.read(key)
+            artifact = self._memory.get(key, merged_only)
+            known = artifact is not None
+            artifact = artifact or self.store.read(key)
             if self._agreed(artifact is not None):
                 assert artifact is not None
-                return self._remember(key, artifact)
+                if not known:
+                    self._memory.add(key, artifact)
+                return artifact
             self.ensure(self._nodes[key])
 
     def ensure(self, node: StepNode) -> None:
@@ -116,12 +115,12 @@ class Walker:
             try:
                 if not self._agreed(not leader or lease is not None):
                     continue  # somebody else stored it while this one waited
-                artifacts = {key: self.fetch(key) for key in node.reads}
+                artifacts = {key: self.fetch(key, key in node.merged_only) for key in node.reads}
                 artifact = run_step(self.bench, node, artifacts, self.check)
                 if leader:
                     self.store.write(node.key, artifact, node.step)
                 self._agreed(True)  # nobody goes on before it is stored
-                self._remember(node.key, artifact)
+                self._memory.add(node.key, artifact)
                 self.computed[node.key] = artifact.timings["seconds"]
                 return
             finally:
@@ -231,7 +230,7 @@ def serve(payload: Mapping[str, Any], jobs: Any, group: WorkerGroup) -> None:
         group: data-parallel workers that walk the same orders together.
     """
     study, store = open_work(payload)
-    memory: Memory = OrderedDict()
+    memory = StepMemory()
     leader = group.rank == 0
     while (job := jobs.take()) is not None:
         work = WorkList.from_dict({"settings": job["settings"], "orders": [job["order"]]})
