@@ -58,7 +58,15 @@ def run(
 
 
 @app.command()
-def plan(study: StudyArgument = None, set_: Set = None, no_sharing: NoSharing = False, as_json: Json = False) -> None:
+def plan(
+    study: StudyArgument = None,
+    set_: Set = None,
+    no_sharing: NoSharing = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Try two stages with one epoch here, and expect hours by them.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """What a sweep would compute: stages asked for, distinct, stored, to run; share saved, hours, bytes, and a tree.
 
     Example: `orchestrate plan my-study.yaml`
@@ -66,7 +74,12 @@ def plan(study: StudyArgument = None, set_: Set = None, no_sharing: NoSharing = 
     from orchestrate import show
     from orchestrate.plan import make_plan
 
-    values = make_plan(_load(study, set_, no_sharing))
+    loaded = _load(study, set_, no_sharing)
+    if measure:
+        with Console(stderr=True).status("trying two stages with one epoch; nothing is stored"):
+            values = make_plan(loaded, measure=True)
+    else:
+        values = make_plan(loaded)
     _print(values) if as_json else show.plan(values)
 
 

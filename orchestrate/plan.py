@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loda.graph import StepNode
+from orchestrate.expected import try_costs
 from orchestrate.robustness.variants import make_cells
 from orchestrate.session import Session, open_session
 from orchestrate.store import StageStore
@@ -17,12 +18,15 @@ TREE_LIMIT = 1000  # stages: beyond, no picture of them
 SAMPLE = 200  # stored steps that are read for their cost; keys are hashes, so the first ones are as good as any
 
 
-def make_plan(study: Study) -> dict[str, Any]:
+def make_plan(study: Study, measure: bool = False) -> dict[str, Any]:
     """Stages asked for, distinct, stored and to run; hours and bytes by measured stages once there are any.
 
     The settings that a search will suggest aren't known beforehand: for them the plan gives the most that can be
     needed, as if settings shared nothing. What is stored is counted for the study file's own setting, which is also
     taken for the chosen one.
+
+    Args:
+        measure: try two stages with one epoch here, and expect hours by them.
 
     Raises:
         ConfigError: bad settings, all at once.
@@ -41,6 +45,9 @@ def make_plan(study: Study) -> dict[str, Any]:
     to_run = Counter(step for key, step in steps.items() if key not in there)
     to_run += Counter({step: others * count for step, count in Counter(tried_steps.values()).items()})
     stored_stages = sum(there.issuperset(_steps({stage: distinct[stage]})) for stage in distinct)
+    expected = _expected(to_run, _measured(session.store, sorted(there)), session.study.resources.concurrent_trials)
+    if measure:
+        expected = _tried(session, distinct, _distinct(own["evaluate"]), tried, others, there)
     parts = [
         _part("search", own["tune"], search.trials, " (at most: settings share what they don't change)"),
         _part("evaluation", own["evaluate"], 1, ""),
@@ -67,7 +74,7 @@ def make_plan(study: Study) -> dict[str, Any]:
         "stored_steps": len(there),
         "steps_to_run": sum(to_run.values()),
         "steps_to_run_by_step": dict(to_run),
-        **_expected(to_run, _measured(session.store, sorted(there)), session.study.resources.concurrent_trials),
+        **expected,
         "store": session.study.resources.store,
         "store_bytes": session.store.size_bytes(),
         "tree": {kind: _tree(session, works[kind], own[kind], there) for kind in works}
@@ -126,9 +133,14 @@ def _distinct(orders: Iterable[list[Stage]]) -> dict[str, list[Stage]]:
     return found
 
 
+def _nodes(stages: Mapping[str, list[Stage]]) -> dict[str, StepNode]:
+    """Steps by key."""
+    return {node.key: node for same in stages.values() for stage in same for node in stage}
+
+
 def _steps(stages: Mapping[str, list[Stage]]) -> dict[str, str]:
-    """Step by key."""
-    return {node.key: node.step for same in stages.values() for stage in same for node in stage}
+    """Kind of step by key."""
+    return {key: node.step for key, node in _nodes(stages).items()}
 
 
 def _part(name: str, orders: list[list[Stage]], settings: int, note: str) -> dict[str, Any]:
@@ -156,7 +168,7 @@ def _expected(to_run: Mapping[str, int], measured: Mapping[str, tuple[float, flo
             "expected_worker_seconds": None,
             "expected_worker_hours": None,
             "expected_bytes": None,
-            "expected": "unknown until the first stages have run here",
+            "expected": "unknown until the first stages have run here; --measure tries two of them",
         }
     seconds = sum(count * measured[step][0] for step, count in to_run.items())
     size = sum(count * measured[step][1] for step, count in to_run.items())
@@ -167,6 +179,25 @@ def _expected(to_run: Mapping[str, int], measured: Mapping[str, tuple[float, flo
         "expected_bytes": round(size),
         "expected": f"{time}; {size / 1e6:.1f} MB",
     }
+
+
+def _tried(
+    session: Session,
+    distinct: Mapping[str, list[Stage]],
+    evaluated: Mapping[str, list[Stage]],
+    tried: Mapping[str, list[Stage]],
+    others: int,
+    there: set[str],
+) -> dict[str, Any]:
+    """Hours by a trial on this machine; beside them those of the evaluation orders, which are all that `run` needs."""
+    costs = try_costs(session)
+    resources = session.study.resources
+    own = [(node, 1) for key, node in _nodes(distinct).items() if key not in there]
+    suggested = [(node, others) for node in _nodes(tried).values()]
+    run = [(node, 1) for key, node in _nodes(evaluated).items() if key not in there]
+    found = costs.expected([*own, *suggested], resources.workers, resources.concurrent_trials)
+    alone = costs.expected(run, resources.workers, resources.concurrent_trials)
+    return found | {"expected_run_seconds": alone["expected_worker_seconds"], "expected_run": alone["expected"]}
 
 
 def _tree(

@@ -130,6 +130,7 @@ def plan(values: Mapping[str, Any]) -> None:
         ("distinct steps known now", f"{values['distinct_steps']} ({values['stored_steps']} stored)"),
         ("steps to run, at most", str(values["steps_to_run"])),
         ("expected", values["expected"]),
+        *([("expected of orchestrate run", values["expected_run"])] if "expected_run" in values else []),
         ("store", f"{values['store']} ({values['store_bytes'] / 1e6:.1f} MB)"),
     ]
     if compared := values["robustness"]:

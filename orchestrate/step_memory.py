@@ -7,7 +7,7 @@ from collections import OrderedDict
 from loda.state import Artifact
 from loda.workbench import MERGED
 
-KEPT_BYTES = 2**30  # of artifacts in a worker's memory; a stage's parents are needed again at once
+KEPT_BYTES = 2**29  # of artifacts in a worker's memory; a stage's parents are needed again at once
 KEPT_MERGES = 2048  # finished tasks whose merged factors stay in memory: stages read those of all tasks before theirs
 
 

@@ -228,6 +228,23 @@ def test_the_gao_step_reports_its_ratio_to_the_floor(tiny_study: Path, tmp_path:
     assert measured["gao_over_plain"] > 1, "four half passes cost more than one whole"
 
 
+def test_the_decompositions_are_compared_with_the_calls_that_they_make(tmp_path: Path) -> None:
+    printed = run_script("decompose.py", "--layers", 2, "--width", 24, "--rank", 4, "--json", folder=tmp_path)
+    document = json.loads(printed)
+    assert document["ratio"] > document["ratio_calls"] > 0
+    assert (document["layers"], document["width"], document["pairs"]) == (2, 24, 5)
+
+
+def test_a_whole_task_is_compared_with_the_published_structure(tmp_path: Path) -> None:
+    small = ("--image-size", 32, "--tasks", 57, "--epochs", 3, "--rank", 4, "--pairs", 1, "--json")
+    document = json.loads(run_script("task.py", *small, folder=tmp_path))
+    assert document["ratio"] == pytest.approx(document["reference_seconds"] / document["ours_seconds"])
+    # Both sides learn the same task: fifteen drawings of four classes, scored with the four before.
+    assert document["images"] == 60
+    assert all(0 <= document[f"{side}_accuracy"] <= 100 for side in ("ours", "reference"))
+    assert 0 < document["share"] < 1
+
+
 def test_room_is_joint_above_the_higher_floor(tiny_study: Path, tmp_path: Path) -> None:
     measured = json.loads(run_script("room.py", tiny_study, "--rank", 4, "--json", folder=tmp_path))
     means, lda, joint = (row["accuracy"] for row in measured["rows"].values())

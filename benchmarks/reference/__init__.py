@@ -1,0 +1,1 @@
+"""Plain references that benchmarks compare with."""
