@@ -1,4 +1,4 @@
-"""Frozen timm backbones: built by name or from a local file, adapted at named linear layers, restored bit for bit."""
+"""Frozen backbones: adapted at named linear layers, restored bit for bit."""
 
 from __future__ import annotations
 
@@ -6,22 +6,15 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loda.branch import BranchedLinear, attach, detach
 from loda.errors import ConfigError
 from loda.merging import MergedWeights
-from loda.seeds import derive_seed
-from loda.vision import resample_abs_pos_embed, timm
-
-BUNDLED = "alphabet_vit"
 
 
 @dataclass(frozen=True)
@@ -164,129 +157,3 @@ class Backbone:
     def branch_scales(self) -> dict[str, float]:
         """γ by branch name (the same in all layers, unless it is trained)."""
         return {name: branch.number for linear in self.attached.values() for name, branch in linear.branches.items()}
-
-
-def _bundled_config() -> dict[str, Any]:
-    return json.loads((resources.files("loda") / "bundled" / f"{BUNDLED}.json").read_text(encoding="utf-8"))
-
-
-def _checked_load(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    own = model.state_dict()
-    state = {name: tensor.float() for name, tensor in state.items() if not name.startswith(("head.", "fc_norm_head."))}
-    missing = sorted(set(own) - set(state))
-    unknown = sorted(set(state) - set(own))
-    shapes = [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in sorted(set(own) & set(state))
-        if state[name].shape != own[name].shape
-    ]
-    found = []
-    if missing:
-        found.append(f"{len(missing)} tensors missing (first: {missing[0]})")
-    if unknown:
-        found.append(f"{len(unknown)} tensors unknown to the model (first: {unknown[0]})")
-    found += shapes[:3]
-    if found:
-        raise ConfigError(f"backbone.weights: {source} doesn't fit the backbone: {'; '.join(found)}")
-    model.load_state_dict(state)
-
-
-def build_backbone(
-    name: str = BUNDLED,
-    weights: str | None = None,
-    pretrained: bool = False,
-    image_size: int | None = None,
-    normalization: str = "backbone",
-    target: Sequence[str] = ("attn.qkv",),
-    options: Mapping[str, Any] | None = None,
-    device: str = "cpu",
-) -> Backbone:
-    """A frozen backbone.
-
-    Args:
-        name: ``alphabet_vit`` (bundled) or any timm model name.
-        weights: a safetensors file with timm's keys; ``random`` for a seeded random start; None with
-            ``pretrained=True`` for timm's published weights.
-        image_size: side in pixels; None: the backbone's own. timm resizes position embeddings.
-        normalization: ``backbone`` (its config's mean and std) or ``none``.
-        target: suffixes of adapted layers.
-        options: further arguments of ``timm.create_model`` (or of VisionTransformer for ``alphabet_vit``).
-
-    Raises:
-        ConfigError: unknown name, no weights given, file missing or not fitting.
-    """
-    options = dict(options or {})
-    if name == BUNDLED:
-        config = _bundled_config()
-        architecture = {**config["architecture"], **options}
-        file = weights or str(resources.files("loda") / "bundled" / f"{BUNDLED}.safetensors")
-        patch = int(architecture["patch_size"])
-        size = image_size or int(architecture["img_size"])
-        if size % patch:
-            raise ConfigError(f"backbone.image_size: expected a multiple of the patch size {patch}, but got {size}")
-        architecture["img_size"] = size
-        model: nn.Module = timm.models.VisionTransformer(**architecture)
-        inputs = InputSpec(size, int(architecture["in_chans"]), tuple(config["mean"]), tuple(config["std"]))
-        rebuild = {"architecture": "VisionTransformer", "options": architecture}
-        if file != "random":
-            state = _read_weights(file)
-            if "pos_embed" in state:  # the published way to another image size: resample the position embedding
-                grid = [size // patch, size // patch]
-                state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"].float(), grid, num_prefix_tokens=1)
-            _checked_load(model, state, file)
-    else:
-        model, inputs, rebuild = _timm_model(name, weights, pretrained, image_size, options)
-    if normalization == "none":
-        inputs = InputSpec(inputs.image_size, inputs.channels, (0.0,) * inputs.channels, (1.0,) * inputs.channels)
-    return Backbone(model, target, inputs, rebuild, device)
-
-
-def _read_weights(file: str) -> dict[str, Tensor]:
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"backbone.weights: no file {file!r}; give a safetensors file with timm's tensor names")
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise ConfigError(f"backbone.weights: {file!r} is not a readable safetensors file ({error})") from error
-
-
-def _timm_model(
-    name: str, weights: str | None, pretrained: bool, image_size: int | None, options: dict[str, Any]
-) -> tuple[nn.Module, InputSpec, dict[str, Any]]:
-    if not timm.is_model(name.split(".")[0]):
-        near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3]
-        names = ", ".join(near) or "see timm.list_models()"
-        raise ConfigError(f"backbone.name: timm has no model {name!r}; near: {names}")
-    if weights is None and not pretrained:
-        raise ConfigError(
-            f"backbone.weights: {name} needs weights; set backbone.weights to a safetensors file, "
-            "backbone.pretrained to true (timm downloads them), or backbone.weights to 'random'"
-        )
-    if image_size is not None:
-        options["img_size"] = image_size
-    build: dict[str, Any] = {"num_classes": 0, **options}
-    try:
-        if weights == "random":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(0, "random backbone", name))
-                model = timm.create_model(name, **build)
-        elif weights is None:
-            model = timm.create_model(name, pretrained=True, **build)
-        else:
-            file = str(Path(weights).expanduser())
-            state = _read_weights(file)
-            own_size = timm.create_model(name, **{**build, "img_size": None} if "img_size" in build else build)
-            _checked_load(own_size, state, file)
-            # timm's own loader resizes the position embedding to another image size.
-            overlay = {"file": file}
-            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **build)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"backbone.name: timm could not build {name!r} with {build}: {error}") from error
-    data = timm.data.resolve_model_data_config(model)
-    channels, side, _ = data["input_size"]
-    inputs = InputSpec(image_size or int(side), int(channels), tuple(data["mean"]), tuple(data["std"]))
-    kept = {key: value for key, value in build.items() if key != "num_classes"}
-    return model.float(), inputs, {"architecture": name, "options": kept}

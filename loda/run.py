@@ -18,7 +18,7 @@ from loda.metrics import AccuracySummary, accuracy_matrix_summary
 from loda.settings import RunSettings
 from loda.stage import run_step
 from loda.state import Artifact
-from loda.stream import cut_classes, published_class_order
+from loda.stream import cut_published, published_class_order
 from loda.workbench import Workbench, open_workbench
 
 
@@ -152,7 +152,7 @@ def run_sequence(
     settings = load_run_settings(study)
     bench = open_workbench(settings) if bench is None else bench.with_settings(settings)
     if class_seed is not None:
-        tasks = cut_classes(published_class_order(class_seed, bench.dataset.classes), len(bench.tasks))
+        tasks = cut_published(published_class_order(class_seed, bench.dataset.classes), len(bench.tasks))
         bench = dataclasses.replace(bench, tasks=tasks)
     order = tuple(range(len(bench.tasks))) if order is None else tuple(order)
     if sorted(order) != list(range(len(bench.tasks))):

@@ -27,6 +27,9 @@ class StreamSettings(Section):
     partition: Literal["auto", "natural", "random", "published"] = "auto"
     validation: float = Field(0.2, ge=0, lt=1, description="share of each class's training images held out")
     partition_seed: int = Seed
+    resize: PositiveInt | None = Field(
+        None, description="short side before the centre is cut out; null: the backbone's image size (published: 256)"
+    )
 
 
 class BackboneSettings(Section):

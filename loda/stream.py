@@ -39,7 +39,22 @@ def published_class_order(seed: int, classes: int) -> tuple[int, ...]:
 
 def cut_classes(order: Sequence[int], tasks: int) -> tuple[Task, ...]:
     """Tasks of nearly equal size from classes in an order; the first ones get the remainder."""
-    cut = np.array_split(np.asarray(order), tasks)
+    return _tasks(np.array_split(np.asarray(order), tasks))
+
+
+def cut_published(order: Sequence[int], tasks: int) -> tuple[Task, ...]:
+    """Tasks as the published tables cut them: all of one size, rounded up, and the last gets what is left (PILOT).
+
+    196 classes in 10 tasks are nine times 20, then 16. Where that would leave a task without classes, they are cut
+    evenly, as :func:`cut_classes` does.
+    """
+    size = math.ceil(len(order) / tasks)
+    if size * (tasks - 1) >= len(order):
+        return cut_classes(order, tasks)
+    return _tasks(np.split(np.asarray(order), range(size, len(order), size)))
+
+
+def _tasks(cut: Sequence[np.ndarray]) -> tuple[Task, ...]:
     return tuple(Task(f"task-{i + 1:02d}", tuple(sorted(part.tolist()))) for i, part in enumerate(cut))
 
 
@@ -54,8 +69,9 @@ def partition_classes(
         partition_seed: of the shuffle.
         kind: ``natural``: the dataset's groups, whole. If there are more than ``tasks``, they are dealt in shuffled
             order, each to the task with the fewest classes, and then moved or swapped while that evens the class
-            counts. ``random``: shuffled classes, cut evenly (the first tasks get the remainder). ``published``: the
-            same with :func:`published_class_order`. ``auto``: natural if the dataset has groups, else random.
+            counts. ``random``: shuffled classes, cut evenly (the first tasks get the remainder). ``published``:
+            :func:`published_class_order`, cut by :func:`cut_published`. ``auto``: natural if the dataset has groups,
+            else random.
 
     Returns:
         Natural tasks by their lowest label; random ones in the order of the cut.
@@ -89,9 +105,8 @@ def partition_classes(
     if kind == "natural":
         return _natural_tasks(dataset.groups or [], tasks, partition_seed)
     if kind == "published":
-        order = published_class_order(partition_seed, classes)
-    else:
-        order = tuple(np.random.default_rng(partition_seed).permutation(classes).tolist())
+        return cut_published(published_class_order(partition_seed, classes), tasks or 1)
+    order = tuple(np.random.default_rng(partition_seed).permutation(classes).tolist())
     return cut_classes(order, tasks or 1)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loda.backbone import Backbone, build_backbone
+from loda.backbone import Backbone
 from loda.datasets import ImageDataset, load_dataset
 from loda.distributed import WorkerGroup
 from loda.errors import ConfigError
@@ -23,6 +23,7 @@ from loda.moments import LayerMoments, MomentRecorder, by_width
 from loda.settings import RunSettings
 from loda.state import Artifact
 from loda.stream import Task, partition_classes, split_indices
+from loda.timm_models import build_backbone
 
 # Part of every stage key: raise it when the shared numerics change.
 NUMERICS_VERSION = 1
@@ -76,7 +77,9 @@ class Workbench:
         missing = [int(row) for row in rows if int(row) not in self._decoded]
         if missing:
             inputs = self.backbone.inputs
-            batch = self.dataset.decode(np.asarray(missing), inputs.image_size, inputs.channels)
+            batch = self.dataset.decode(
+                np.asarray(missing), inputs.image_size, inputs.channels, self.settings.stream.resize
+            )
             self._decoded.update(zip(missing, batch, strict=True))
         return torch.stack([self._decoded[int(row)] for row in rows])
 
@@ -198,9 +201,13 @@ def open_workbench(
         splits = split_indices(dataset, stream.validation, stream.partition_seed)
     except ConfigError as error:
         problems += error.problems
+    resize = settings.stream.resize
+    if backbone is not None and resize is not None and resize < backbone.inputs.image_size:
+        size = backbone.inputs.image_size
+        problems.append(f"stream.resize: {resize} is less than the {size} pixels that the backbone takes")
     if problems or backbone is None or dataset is None:
         raise ConfigError(problems)
-    root = {
+    root: dict[str, Any] = {
         "numerics": NUMERICS_VERSION,
         "backbone": backbone.digest,
         "data": dataset.digest,
@@ -214,4 +221,6 @@ def open_workbench(
             "batch": settings.compute.batch_size,
         },
     }
+    if resize is not None:  # studies from before this setting keep their keys
+        root["resize"] = resize
     return Workbench(settings, dataset, tasks, splits, backbone, group, canonical_digest(root))

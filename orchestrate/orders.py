@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from loda.errors import ConfigError
-from loda.stream import cut_classes, published_class_order
+from loda.stream import cut_published, published_class_order
 from orchestrate.designs import ALL_LIMIT, DRAW_LIMIT, Order, all_orders, balanced_orders, random_orders, tree_orders
 from orchestrate.extremes import extreme_orders
 from orchestrate.order_files import orders_from_file
@@ -156,7 +156,7 @@ def design_class_orders(class_seeds: Sequence[int], classes: int, tasks: int, tu
         problems.append(f"orders.tune: at most {DRAW_LIMIT:,} tuning orders are drawn, but got {tune:,}")
     made: dict[tuple[tuple[int, ...], ...], int] = {}  # tasks -> seed
     for class_seed in class_seeds:
-        cut = tuple(task.classes for task in cut_classes(published_class_order(class_seed, classes), tasks))
+        cut = tuple(task.classes for task in cut_published(published_class_order(class_seed, classes), tasks))
         if cut in made:
             problems.append(
                 f"orders.class_seeds: {made[cut]} and {class_seed} give the same {tasks} tasks of {classes} classes; "
@@ -171,7 +171,7 @@ def design_class_orders(class_seeds: Sequence[int], classes: int, tasks: int, tu
         if len(found) == tune:
             break
         class_seed = int(generator.integers(CLASS_SEED_LIMIT))
-        cut = tuple(task.classes for task in cut_classes(published_class_order(class_seed, classes), tasks))
+        cut = tuple(task.classes for task in cut_published(published_class_order(class_seed, classes), tasks))
         if class_seed not in class_seeds and made.setdefault(cut, class_seed) == class_seed:
             found[class_seed] = None
     if len(found) < tune:

@@ -22,7 +22,8 @@ def make_plan(study: Study, measure: bool = False) -> dict[str, Any]:
     """Stages asked for, distinct, stored and to run; hours and bytes by measured stages once there are any.
 
     The settings that a search will suggest aren't known beforehand: for them the plan gives the most that can be
-    needed, as if settings shared nothing. What is stored is counted for the study file's own setting, which is also
+    needed, as if settings shared nothing. A study without validation images can't be searched: its plan is that of a
+    run. What is stored is counted for the study file's own setting, which is also
     taken for the chosen one.
 
     Args:
@@ -31,15 +32,18 @@ def make_plan(study: Study, measure: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError: bad settings, all at once.
     """
-    session = open_session(study, search=True)
+    searched = study.stream.validation > 0  # without validation images nothing can be searched: only `run` is meant
+    session = open_session(study, search=searched)
     search = session.study.search
-    works = {"tune": session.tune_orders, "evaluate": session.evaluate_orders}
+    works = {"tune": session.tune_orders} if searched else {}
+    works["evaluate"] = session.evaluate_orders
     own = {kind: [_stages(session.nodes({}, work)) for work in works[kind]] for kind in works}
-    tried, distinct = _distinct(own["tune"]), _distinct(own["evaluate"])
+    tune = own.get("tune", [])
+    tried, distinct = _distinct(tune), _distinct(own["evaluate"])
     tried_steps = _steps(tried)
     others = search.trials - search.include_defaults  # settings that aren't the study file's own
     if search.include_defaults:
-        distinct = _distinct([*own["tune"], *own["evaluate"]])
+        distinct = _distinct([*tune, *own["evaluate"]])
     steps = _steps(distinct)
     there = {key for key in steps if session.store.has(key)}
     to_run = Counter(step for key, step in steps.items() if key not in there)
@@ -48,10 +52,10 @@ def make_plan(study: Study, measure: bool = False) -> dict[str, Any]:
     expected = _expected(to_run, _measured(session.store, sorted(there)), session.study.resources.concurrent_trials)
     if measure:
         expected = _tried(session, distinct, _distinct(own["evaluate"]), tried, others, there)
-    parts = [
-        _part("search", own["tune"], search.trials, " (at most: settings share what they don't change)"),
-        _part("evaluation", own["evaluate"], 1, ""),
-    ]
+    parts = [_part("evaluation", own["evaluate"], 1, "")]
+    if searched:
+        note = " (at most: settings share what they don't change)"
+        parts.insert(0, _part("search", tune, search.trials, note))
     requested = sum(part["stages"] for part in parts)
     stages_distinct = len(distinct) + others * len(tried)
     return {

@@ -147,6 +147,8 @@ class Study(RunSettings):
             values.pop("racing")
         if self.training.optimizer == "sgd":
             del values["training"]["optimizer"]
+        if self.stream.resize is None:
+            del values["stream"]["resize"]
         values["search"]["space"] = Path(self.search.space).name  # not where the file lies
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from loda.graph import StepNode, sequence_nodes
 from loda.methods import build_method
-from loda.stream import Task, cut_classes
+from loda.stream import Task, cut_published
 from loda.workbench import Workbench, canonical_digest
 from orchestrate.orders import OrderPlan
 from orchestrate.study import Study
@@ -98,7 +98,7 @@ def name_orders(plan: OrderPlan, part: str, split: str) -> tuple[OrderWork, ...]
             works.append(OrderWork(f"{part}-{'-'.join(map(str, order))}", tuple(order), split, root))
         else:
             name = f"{part}-class-{plan.class_seeds[part][number]}"
-            classes = tuple(task.classes for task in cut_classes(order, plan.tasks))
+            classes = tuple(task.classes for task in cut_published(order, plan.tasks))
             works.append(OrderWork(name, tuple(range(plan.tasks)), split, root, classes))
     return tuple(works)
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from loda.backbone import Backbone, build_backbone
+from loda.backbone import Backbone
 from loda.settings import RunSettings
+from loda.timm_models import build_backbone
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "stripes")
 TRAIN_PER_CLASS, TEST_PER_CLASS, SIDE = 8, 4, 32

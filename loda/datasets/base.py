@@ -176,13 +176,15 @@ class ImageDataset:
             f"({type(error).__name__}: {error}); replace it or leave the row out"
         )
 
-    def decode(self, indices: Sequence[int] | np.ndarray, image_size: int, channels: int = 3) -> torch.Tensor:
+    def decode(
+        self, indices: Sequence[int] | np.ndarray, image_size: int, channels: int = 3, resize: int | None = None
+    ) -> torch.Tensor:
         """Pixels of the asked rows.
 
-        The short side is resized to ``image_size`` (bicubic, antialiased) and the centre is cut out; square images are
-        just resized. 1-bit images become grey first, or resizing would leave jagged black and white. Transparency is
-        dropped; 16-bit grey keeps its upper 8 bits; the orientation tag of photographs is not applied, as is usual in
-        published data pipelines. Ink stays dark or light as the file has it.
+        The short side is resized to ``resize``, by default ``image_size`` (bicubic, antialiased), and the centre is cut
+        out; square images of that size are just resized. 1-bit images become grey first, or resizing would leave jagged
+        black and white. Transparency is dropped; 16-bit grey keeps its upper 8 bits; the orientation tag of photographs
+        is not applied, as is usual in published data pipelines. Ink stays dark or light as the file has it.
 
         Returns:
             uint8 (n, channels, image_size, image_size), in the order asked; ``channels`` is 3 (RGB) or 1 (grey).
@@ -199,7 +201,7 @@ class ImageDataset:
                 raise IndexError(f"row {row} of {len(self)}")
             try:
                 with Image.open(io.BytesIO(self.images[row].as_buffer())) as image:
-                    array = np.array(_resize(_to_bytes(image, channels), image_size))
+                    array = np.array(_resize(_to_bytes(image, channels), resize or image_size, image_size))
             except Exception as error:  # as in verify
                 raise ConfigError(self._unreadable(row, error)) from error
             pixels = torch.from_numpy(array)
@@ -218,12 +220,12 @@ def _to_bytes(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if grey else "RGB")
 
 
-def _resize(image: Image.Image, size: int) -> Image.Image:
-    """Short side to ``size``, then the centre ``size`` x ``size``."""
+def _resize(image: Image.Image, short_side: int, size: int) -> Image.Image:
+    """Short side to ``short_side``, then the centre ``size`` x ``size``."""
     width, height = image.size
     short = min(width, height)
-    if short != size:
-        width, height = (size * width // short, size * height // short)
+    if short != short_side:
+        width, height = (short_side * width // short, short_side * height // short)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return image if width == height else image.crop((left, top, left + size, top + size))
+    return image if (width, height) == (size, size) else image.crop((left, top, left + size, top + size))

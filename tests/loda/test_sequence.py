@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import loda
-from loda.backbone import Backbone, build_backbone
+from loda.backbone import Backbone
 from loda.energy import unpack_symmetric
 from loda.errors import ConfigError
 from loda.graph import sequence_nodes
 from loda.head import cosines
 from loda.run import run_nodes, run_sequence, summarise
 from loda.state import Artifact
+from loda.timm_models import build_backbone
 from loda.workbench import merge_factors, open_workbench
 from tests.conftest import SettingsFactory
 from tests.loda.running import ORDER, Run, artifact_of, digests, keys_of, reread, run_all

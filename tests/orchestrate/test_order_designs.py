@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loda.errors import ConfigError
-from loda.stream import cut_classes
+from loda.stream import cut_published
 from orchestrate.designs import DRAW_LIMIT, williams_square
 from orchestrate.extremes import EXACT_LIMIT, EXTREMES_LIMIT, aims, highest_path, nearest_path, path_score
 from orchestrate.orders import Order, OrderPlan, design_class_orders, design_orders
@@ -225,14 +225,14 @@ def test_class_orders_are_the_published_ones(classes: int, first: list[int]) -> 
     for seed, order in zip((1993, 1996, 1997), plan.evaluate, strict=True):
         np.random.seed(seed)
         assert order == tuple(np.random.permutation(classes))
-    assert cut_classes(plan.evaluate[0], 10)[0].classes == tuple(sorted(plan.evaluate[0][: classes // 10]))
+    assert cut_published(plan.evaluate[0], 10)[0].classes == tuple(sorted(plan.evaluate[0][: classes // 10]))
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(4, 30), st.integers(0, 5), st.integers(0, 1000))
 def test_class_orders_are_disjoint_and_stable(classes: int, tune: int, seed: int) -> None:
     plan = design_class_orders((1993, 1996), classes, 4, tune, seed)
-    cut = [tuple(task.classes for task in cut_classes(order, 4)) for order in (*plan.tune, *plan.evaluate)]
+    cut = [tuple(task.classes for task in cut_published(order, 4)) for order in (*plan.tune, *plan.evaluate)]
     assert len(set(cut)) == tune + 2
     more = design_class_orders((1993, 1996), classes, 4, tune + 1, seed)
     assert more.evaluate == plan.evaluate and more.tune[:tune] == plan.tune
