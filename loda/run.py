@@ -45,6 +45,14 @@ class SequenceResult:
     seconds: float
     evaluations: tuple[Artifact, ...] = field(repr=False, default=())
 
+    @property
+    def a_last_without_task_id(self) -> float | None:
+        """Final accuracy (%) when a method that is told each image's task is not told it; None for all others."""
+        meta = self.evaluations[-1].meta if self.evaluations else {}
+        if "correct_without_task_id" not in meta:
+            return None
+        return round(100 * sum(meta["correct_without_task_id"]) / sum(meta["count"]), 2)
+
 
 def load_run_settings(source: RunSettings | Mapping[str, Any] | str | Path | None) -> RunSettings:
     """Settings from an object, a mapping or a study file, whose platform sections (orders, search, ...) are ignored.

@@ -123,8 +123,11 @@ def write_tables(session: Session, results: Sequence[OrderResult]) -> None:
 
 
 def metric_block(results: Sequence[OrderResult], metric: str) -> dict[str, Any]:
-    """A metric by order, its mean and the mean's 95% interval."""
-    by_order = {one.work.name: getattr(one.result.summary, metric) for one in results}
+    """A metric of the summary by order, its mean and the mean's 95% interval."""
+    return _block(results, {one.work.name: getattr(one.result.summary, metric) for one in results})
+
+
+def _block(results: Sequence[OrderResult], by_order: Mapping[str, float]) -> dict[str, Any]:
     values = list(by_order.values())
     interval = mean_interval(values, [one.work.root or one.work.name for one in results])
     return {
@@ -132,6 +135,13 @@ def metric_block(results: Sequence[OrderResult], metric: str) -> dict[str, Any]:
         "mean": float(np.mean(values)) if values else None,
         "interval_95": list(interval) if interval else None,
     }
+
+
+def _without_task_id(results: Sequence[OrderResult]) -> dict[str, Any]:
+    """Final accuracy without the images' tasks, for a method that is otherwise told them; empty for all others."""
+    scores = {one.work.name: one.result.a_last_without_task_id for one in results}
+    by_order = {name: score for name, score in scores.items() if score is not None}
+    return {"a_last_without_task_id": _block(results, by_order)} if by_order else {}
 
 
 def document(session: Session, results: Sequence[OrderResult], counts: StageCounts, wall: float) -> dict[str, Any]:
@@ -145,6 +155,7 @@ def document(session: Session, results: Sequence[OrderResult], counts: StageCoun
         "tasks": session.task_names,
         "a_last": metric_block(results, "a_last"),
         "a_avg": metric_block(results, "a_avg"),
+        **_without_task_id(results),
         "accuracy_matrix": {
             one.work.name: [[None if math.isnan(x) else x for x in row] for row in one.result.accuracy_matrix.tolist()]
             for one in results

@@ -45,8 +45,10 @@ def settings_line(settings: Mapping[str, Any]) -> str:
 
 def _common(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     requested, run, reused = values["stages_requested"], values["stages_run"], values["stages_reused"]
+    without = values.get("a_last_without_task_id")
     return [
-        ("A_last, test", interval(values["a_last"])),
+        ("A_last, test", interval(values["a_last"]) + (", told each image's task" if without else "")),
+        *([("A_last, task not told", interval(without))] if without else []),
         ("A_avg, test", interval(values["a_avg"])),
         ("stages", f"{requested} asked for, {run} computed, {reused} reused as they were"),
         (

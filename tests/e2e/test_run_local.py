@@ -249,6 +249,14 @@ def test_a_method_that_leaves_no_plain_model_runs_and_says_so(
     assert f"none registered: of {method}" in " ".join(done.out.split())
     values = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
     assert values["export_refusal"] and values["model_version"] is None
+    # Only a method that is told each image's task has a second figure, and both are named for what they are.
+    told = method == "mtllora"
+    assert ("a_last_without_task_id" in values) == told
+    assert ("A_last, task not told" in done.out) == told
+    if told:
+        without = values["a_last_without_task_id"]
+        assert set(without["per_order"]) == set(values["orders"])
+        assert all(0 <= score <= 100 for score in without["per_order"].values())
     assert not (tmp_path / "runs" / "tiny" / "model").exists()
     done = command(tmp_path, "export", "tiny", "model")
     assert done.code == 2
