@@ -12,8 +12,11 @@ import numpy as np
 
 from loda.datasets.base import ImageDataset
 from loda.datasets.bundled import load_alphabets
+from loda.datasets.cars import list_cars
+from loda.datasets.cifar import load_cifar100
 from loda.datasets.files import FileImages, Listing
 from loda.datasets.folders import list_classes, list_folder
+from loda.datasets.lists import list_domainnet, list_lists
 from loda.datasets.parquet import load_parquet
 from loda.errors import ConfigError
 
@@ -21,10 +24,17 @@ __all__ = ["ImageDataset", "absolute_spec", "dataset_names", "load_dataset", "lo
 
 ENTRY_POINTS = "loda.datasets"
 # Sources that find files, and leave opening them for later.
-LISTINGS: dict[str, Callable[[str], Listing]] = {"folder": list_folder, "classes": list_classes}
+LISTINGS: dict[str, Callable[[str], Listing]] = {
+    "folder": list_folder,
+    "classes": list_classes,
+    "lists": list_lists,
+    "domainnet": list_domainnet,
+    "cars": list_cars,
+}
 _BUILT_IN: dict[str, Callable[..., ImageDataset | Listing]] = {
     "alphabets": load_alphabets,
     "parquet": load_parquet,
+    "cifar100": load_cifar100,
     **LISTINGS,
 }
 PATH_SOURCES = tuple(name for name in _BUILT_IN if name != "alphabets")
