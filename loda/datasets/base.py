@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
-from loda.datasets.files import FileImages, Scanned, scan
+from loda.datasets.files import FileImages, Scanned, scan, why_unreadable
 from loda.errors import ConfigError
 
 SPLITS = ("train", "test")
@@ -213,7 +213,7 @@ class ImageDataset:
                 with Image.open(io.BytesIO(self.encoded(row))) as image:
                     array = np.array(_resize(_to_bytes(image, channels), image_size))
             except Exception as error:  # as in scan
-                raise ConfigError(self._unreadable(row, f"{type(error).__name__}: {error}")) from error
+                raise ConfigError(self._unreadable(row, why_unreadable(error))) from error
             pixels = torch.from_numpy(array)
             pixels_NCHW[position] = pixels if pixels.ndim == 2 else pixels.permute(2, 0, 1)
         return pixels_NCHW

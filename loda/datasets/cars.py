@@ -20,7 +20,7 @@ _PLACES = {
 
 
 def list_cars(argument: str) -> Listing:
-    """``PATH``: the archives' own layout (cars_train/, cars_test/, devkit/*.mat), or train/CLASS and test/CLASS folders.
+    """``PATH``: the archives' own layout (cars_train/, cars_test/, devkit/*.mat), or folders train/CLASS, test/CLASS.
 
     The labels of the devkit run from 1; here they run from 0, in its order.
 

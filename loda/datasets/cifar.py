@@ -45,7 +45,7 @@ def load_cifar100(argument: str) -> ImageDataset:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    names = parts["meta"].get("fine_label_names")
+    names = _texts(parts["meta"].get("fine_label_names"))
     images: list[bytes] = []
     labels: list[int] = []
     coarse: list[int] = []
@@ -54,7 +54,7 @@ def load_cifar100(argument: str) -> ImageDataset:
         images += [_HEADER + image.tobytes() for image in pixels]
         labels += fine
         coarse += super_labels
-    if not _texts(names) or len(names) <= max(labels):
+    if len(names) <= max(labels):
         raise ConfigError(f"stream.dataset: cifar100: {FOLDER}/meta has no name for each label ('fine_label_names')")
     return ImageDataset(
         "cifar100",
@@ -106,14 +106,14 @@ def _batch(values: dict[str, Any], split: str) -> tuple[np.ndarray, list[int], l
     return data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1), list(fine or []), list(coarse or [])
 
 
-def _texts(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+def _texts(values: Any) -> list[str]:
+    """The values if they are a list of texts, else nothing."""
+    return list(values) if isinstance(values, list) and all(isinstance(value, str) for value in values) else []
 
 
 def _group_names(meta: dict[str, Any], labels: list[int], coarse: list[int]) -> list[str]:
+    names = _texts(meta.get("coarse_label_names"))
     of_class = dict(zip(labels, coarse))
-    names = meta.get("coarse_label_names")
-    if not _texts(names) or any(of_class[label] != group or not 0 <= group < len(names)
-                                for label, group in zip(labels, coarse)):  # fmt: skip
+    if any(of_class[label] != group or not 0 <= group < len(names) for label, group in zip(labels, coarse)):
         raise ConfigError("stream.dataset: cifar100: the super-classes don't fit the classes; leave groups out")
     return [names[of_class[label]] for label in sorted(of_class)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from loda.errors import ConfigError
 
@@ -22,10 +22,19 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 
 
 class Scanned(NamedTuple):
-    """What one reading of an encoded image tells: SHA-256 of its bytes, and why it can't be opened (or None)."""
+    """What one reading of an encoded image tells.
+
+    Attributes:
+        sha256: of its bytes.
+        problem: why it can't be opened, or None.
+        size: width and height in pixels, or None.
+        mode: Pillow's name of the pixel format (``RGB``, ``L``), or None.
+    """
 
     sha256: bytes
-    problem: str | None
+    problem: str | None = None
+    size: tuple[int, int] | None = None
+    mode: str | None = None
 
 
 class FileImages:
@@ -66,12 +75,20 @@ class FileImages:
         return FileImages(self.root, [self.files[int(row)] for row in rows])
 
 
-def scan(read: Callable[[int], Any], rows: int) -> list[Scanned]:
+def why_unreadable(error: Exception) -> str:
+    """What went wrong with an image, for messages."""
+    if isinstance(error, UnidentifiedImageError):  # its own text has the address of a buffer in it
+        return "UnidentifiedImageError: no image format that Pillow knows"
+    return f"{type(error).__name__}: {error}"
+
+
+def scan(read: Callable[[int], Any], rows: int, pixels: bool = False) -> list[Scanned]:
     """Read each image once, in threads: hash its bytes and check its header (checksums where the format has them).
 
     Args:
         read: bytes or a buffer of a row.
         rows: how many there are.
+        pixels: decode it too, which finds files that were cut off.
 
     Returns:
         (rows,), in row order; a file that can't be read has the hash of nothing.
@@ -82,10 +99,14 @@ def scan(read: Callable[[int], Any], rows: int) -> list[Scanned]:
         try:
             data = read(row)
             with Image.open(io.BytesIO(data)) as image:
+                size, mode = image.size, image.mode
                 image.verify()
+            if pixels:
+                with Image.open(io.BytesIO(data)) as image:
+                    image.load()
         except Exception as error:  # damaged files raise almost anything: OSError, SyntaxError, struct.error, ...
-            return Scanned(hashlib.sha256(data).digest(), f"{type(error).__name__}: {error}")
-        return Scanned(hashlib.sha256(data).digest(), None)
+            return Scanned(hashlib.sha256(data).digest(), why_unreadable(error))
+        return Scanned(hashlib.sha256(data).digest(), None, size, mode)
 
     # Reading and hashing release Python's lock; more threads than that only wait for each other.
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as threads:

@@ -34,7 +34,7 @@ def list_lists(argument: str) -> Listing:
 
 
 def list_domainnet(argument: str) -> Listing:
-    """``PATH[?domains=real,sketch&classes=FILE]``: the lists ``<domain>_train.txt``, ``<domain>_test.txt`` of DomainNet.
+    """``PATH[?domains=real,sketch&classes=FILE]``: DomainNet's ``<domain>_train.txt``, ``<domain>_test.txt``.
 
     Images of all domains (or of those named) are put together by class: class-incremental, not domain-incremental.
     ``classes`` names a file with one class name or label a line: those only, renumbered in its order.
@@ -71,8 +71,8 @@ def _read_list(file: Path, remedy: str) -> tuple[list[Line], list[str]]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        path, _, label = line.strip().rpartition(" ")
-        inside = not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts
+        path, label = ("", *line.rsplit(maxsplit=1))[-2:]
+        inside = not PurePosixPath(path.strip()).is_absolute() and ".." not in PurePosixPath(path).parts
         if path.strip() and inside and label.isascii() and label.isdigit():
             found.append((str(PurePosixPath(path.strip())), int(label)))
         else:

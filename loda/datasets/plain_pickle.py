@@ -1,9 +1,9 @@
 """Reading the few pickles that hold nothing but arrays, texts and numbers, without unpickling.
 
-A pickle is a program: loading one runs whatever its author wrote. Here its instructions are only *read*, by the standard
-library's ``pickletools.genops``, and a fixed handful of them is carried out on plain values. Nothing is imported, and
-the three callables that numpy's arrays of bytes need are recognised by name and replaced by code of this module.
-Anything else is refused.
+A pickle is a program: loading one runs whatever its author wrote. Here its instructions are only *read*, by
+``pickletools.genops`` of the standard library, and a fixed handful of them is carried out on plain values. Nothing is
+imported, and the three callables that numpy's arrays of bytes need are recognised by name and replaced by code of this
+module. Anything else is refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _MARK = object()
 _BYTE_TYPE = object()
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """An instruction that such a file has no need of."""
 
 
@@ -67,7 +67,7 @@ def read_plain_pickle(data: bytes, name: str) -> dict[str, Any]:
         for opcode, argument, position in pickletools.genops(data):  # noqa: B007 - the place is for the message
             machine.step(opcode.name, argument)
         found = machine.result()
-    except _Refused as error:
+    except _RefusedError as error:
         raise ConfigError(
             f"{name}: refused at byte {position}: {error}. A batch of CIFAR needs no such thing; the file is not what "
             "it seems to be: get it again from its source. Nothing in it was executed"
@@ -118,7 +118,7 @@ class _Machine:
             _only(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
         elif code == "GLOBAL":
             if argument not in _NAMES:
-                raise _Refused(f"it asks for {argument!r}")
+                raise _RefusedError(f"it asks for {argument!r}")
             stack.append(_Name(argument))
         elif code == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
@@ -127,7 +127,7 @@ class _Machine:
             state = stack.pop()
             _build(stack[-1], state)
         else:
-            raise _Refused(f"instruction {code}")
+            raise _RefusedError(f"instruction {code}")
 
     def _above_mark(self) -> list[Any]:
         """Take everything above the last mark off the stack, and the mark."""
@@ -146,7 +146,7 @@ class _Machine:
 
 def _only(value: Any, kind: type) -> Any:
     if type(value) is not kind:
-        raise _Refused(f"a {type(value).__name__} where a {kind.__name__} belongs")
+        raise _RefusedError(f"a {type(value).__name__} where a {kind.__name__} belongs")
     return value
 
 
@@ -159,16 +159,16 @@ def _call(function: Any, arguments: Any) -> Any:
         return _BYTE_TYPE
     if name == _ENCODE and arguments[1] == "latin1" and type(arguments[0]) is str:
         return arguments[0].encode("latin-1")
-    raise _Refused(f"a call of {name}")
+    raise _RefusedError(f"a call of {name}")
 
 
 def _build(target: Any, state: Any) -> None:
     if target is _BYTE_TYPE:
         return  # byte order and the like: meaningless for single bytes
     if not isinstance(target, _Bytes):
-        raise _Refused(f"state for a {type(target).__name__}")
+        raise _RefusedError(f"state for a {type(target).__name__}")
     _version, shape, kind, fortran, raw = state
     if kind is not _BYTE_TYPE:
-        raise _Refused("an array of something else than bytes")
+        raise _RefusedError("an array of something else than bytes")
     content = raw.encode("latin-1") if type(raw) is str else _only(raw, bytes)
     target.values = np.frombuffer(content, dtype=np.uint8).reshape(shape, order="F" if fortran else "C")
