@@ -1,4 +1,4 @@
-"""Sources of images: bundled, Parquet, and whatever other packages register under ``loda.datasets``."""
+"""Sources of images: bundled, Parquet, folders, lists, and what other packages register under ``loda.datasets``."""
 
 from __future__ import annotations
 
@@ -8,15 +8,36 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+
 from loda.datasets.base import ImageDataset
 from loda.datasets.bundled import load_alphabets
+from loda.datasets.cars import list_cars
+from loda.datasets.cifar import load_cifar100
+from loda.datasets.files import FileImages, Listing
+from loda.datasets.folders import list_classes, list_folder
+from loda.datasets.lists import list_domainnet, list_lists
 from loda.datasets.parquet import load_parquet
 from loda.errors import ConfigError
 
 __all__ = ["ImageDataset", "absolute_spec", "dataset_names", "load_dataset", "load_parquet"]
 
 ENTRY_POINTS = "loda.datasets"
-_BUILT_IN: dict[str, Callable[..., ImageDataset]] = {"alphabets": load_alphabets, "parquet": load_parquet}
+# Sources that find files, and leave opening them for later.
+LISTINGS: dict[str, Callable[[str], Listing]] = {
+    "folder": list_folder,
+    "classes": list_classes,
+    "lists": list_lists,
+    "domainnet": list_domainnet,
+    "cars": list_cars,
+}
+_BUILT_IN: dict[str, Callable[..., ImageDataset | Listing]] = {
+    "alphabets": load_alphabets,
+    "parquet": load_parquet,
+    "cifar100": load_cifar100,
+    **LISTINGS,
+}
+PATH_SOURCES = tuple(name for name in _BUILT_IN if name != "alphabets")
 _log = logging.getLogger(__name__)
 
 
@@ -41,26 +62,52 @@ def load_dataset(spec: str, verify: bool = True) -> ImageDataset:
     """Images by name.
 
     Args:
-        spec: ``alphabets``, ``parquet:PATH``, or ``NAME`` / ``NAME:ARGUMENT`` of a registered source, which is a
-            callable of no or one argument that returns an :class:`ImageDataset`.
+        spec: ``alphabets``, ``parquet:PATH``, ``folder:PATH?test=val`` and the like, or ``NAME`` / ``NAME:ARGUMENT``
+            of a registered source, which is a callable of no or one argument that returns an :class:`ImageDataset`.
         verify: read the header of every image (tens of thousands a second): a damaged one is named before any work.
 
     Raises:
         ConfigError: unknown name, or everything that is wrong with the data.
     """
     name, colon, argument = spec.partition(":")
-    if name == "parquet" and not argument:
-        raise ConfigError(f"stream.dataset: {spec!r} names no file; write parquet:PATH")
+    if name in PATH_SOURCES and not argument:
+        raise ConfigError(f"stream.dataset: {spec!r} names no file; write {name}:PATH")
     if name == "alphabets" and colon:
         raise ConfigError(f"stream.dataset: 'alphabets' takes no argument, but got {spec!r}")
     if name in _BUILT_IN:
-        dataset = _BUILT_IN[name](argument) if colon else _BUILT_IN[name]()
+        found = _BUILT_IN[name](argument) if colon else _BUILT_IN[name]()
+        dataset = dataset_of(found) if isinstance(found, Listing) else found
     else:
         dataset = _call_plug_in(name, [argument] if colon else [])
     if not isinstance(dataset, ImageDataset):
         raise ConfigError(f"stream.dataset: {name!r} returned {type(dataset).__name__}, expected an ImageDataset")
     if verify:
         dataset.verify()
+    return dataset
+
+
+def dataset_of(listing: Listing) -> ImageDataset:
+    """A listing's files as a data set; none of them is read yet.
+
+    Raises:
+        ConfigError: what the listing or its labels, names and splits have wrong: all at once.
+    """
+    problems = [f"dataset {listing.name!r}: {problem}" for problem in listing.problems]
+    try:
+        dataset = ImageDataset(
+            listing.name,
+            FileImages(listing.root, listing.files),
+            np.asarray(listing.labels, dtype=np.int64),
+            listing.class_names,
+            np.asarray(listing.split),
+            listing.groups,
+            listing.files,
+            listing.licence,
+        )
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems)
     return dataset
 
 
@@ -90,11 +137,15 @@ def _load_plug_in(name: str) -> Callable[..., ImageDataset]:
     close = difflib.get_close_matches(name, usable, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ConfigError(
-        f"stream.dataset: no dataset {name!r}{reason}{hint}. Known: {', '.join(usable)}. Your own images: parquet:PATH"
+        f"stream.dataset: no dataset {name!r}{reason}{hint}. Known: {', '.join(usable)}. "
+        "Your own images: folder:PATH or parquet:PATH"
     )
 
 
 def absolute_spec(spec: str) -> str:
-    """The spec with the path of a ``parquet:PATH`` made absolute, for workers that run in another directory."""
+    """The spec with the path of a ``parquet:PATH`` or the like made absolute, for workers in another directory."""
     name, _, argument = spec.partition(":")
-    return f"parquet:{Path(argument).expanduser().absolute()}" if name == "parquet" and argument else spec
+    if name not in PATH_SOURCES or not argument:
+        return spec
+    path, mark, options = (argument, "", "") if name == "parquet" else argument.partition("?")
+    return f"{name}:{Path(path).expanduser().absolute()}{mark}{options}" if path else spec

@@ -7,12 +7,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
 
+from loda.datasets.files import FileImages, Scanned, scan, why_unreadable
 from loda.errors import ConfigError
 
 SPLITS = ("train", "test")
@@ -27,13 +29,14 @@ def shown(items: Sequence[object], limit: int = _SHOWN) -> str:
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """Labelled images of a stream, kept encoded: a few MB where the decoded pixels would be a few hundred.
+    """Labelled images of a stream, kept encoded (a few MB where the pixels would be a few hundred) or in their files.
 
     Checked when it is built; undecodable images are found by :meth:`verify` or, at the latest, by :meth:`decode`.
 
     Attributes:
         name: how messages call it.
         images: the encoded files (PNG, JPEG, ...), an Arrow array of binary, (N,); a sequence of ``bytes`` becomes one.
+            Or files that are read when they are needed.
         labels: (N,) int64, 0-based and contiguous.
         class_names: a name for each label.
         split: (N,) of "train" | "test".
@@ -46,7 +49,7 @@ class ImageDataset:
     """
 
     name: str
-    images: pa.Array
+    images: pa.Array | FileImages
     labels: np.ndarray
     class_names: list[str]
     split: np.ndarray
@@ -56,7 +59,7 @@ class ImageDataset:
 
     def __post_init__(self) -> None:
         images = self.images
-        if not isinstance(images, pa.Array):
+        if not isinstance(images, pa.Array | FileImages):
             images = pa.array(list(images), type=pa.large_binary())
         object.__setattr__(self, "images", images)
         object.__setattr__(self, "labels", np.asarray(self.labels))
@@ -81,7 +84,7 @@ class ImageDataset:
             problems.append(f"labels must be integers, but got {self.labels.dtype}")
         if problems:
             return problems
-        if self.images.null_count:
+        if isinstance(self.images, pa.Array) and self.images.null_count:
             empty = np.flatnonzero(self.images.is_null().to_numpy(zero_copy_only=False))
             problems.append(f"image without bytes: {shown([self.describe(row) for row in empty.tolist()])}")
         problems += self._label_problems()
@@ -142,9 +145,22 @@ class ImageDataset:
             total.update(len(text.encode()).to_bytes(8, "little") + text.encode())
         total.update(self.labels.astype("<i8").tobytes())
         total.update((self.split == "train").tobytes())
-        for image in self.images:
-            total.update(hashlib.sha256(image.as_buffer()).digest())
+        for image in self.scanned:
+            total.update(image.sha256)
         return total.hexdigest()
+
+    def encoded(self, row: int) -> Any:
+        """The bytes of an encoded image: ``bytes`` or an Arrow buffer."""
+        image = self.images[row]
+        return image if isinstance(image, bytes) else image.as_buffer()
+
+    @cached_property
+    def scanned(self) -> list[Scanned]:
+        """Hash and header check of each image, (N,), from one reading of all of them."""
+        found = scan(self.encoded, len(self))
+        if isinstance(self.images, FileImages):
+            self.images.expect([image.sha256 for image in found])
+        return found
 
     def verify(self, sample: int | None = None) -> None:
         """Read the headers of all images (with checksums where the format has them), without decoding pixels.
@@ -155,25 +171,21 @@ class ImageDataset:
         Raises:
             ConfigError: every unreadable image, by row and path.
         """
-        rows = np.arange(len(self))
-        if sample is not None and sample < len(self):
-            rows = np.linspace(0, len(self) - 1, sample).astype(int)
-        problems = []
-        for row in rows:
-            try:
-                with Image.open(io.BytesIO(self.images[int(row)].as_buffer())) as image:
-                    image.verify()
-            except Exception as error:  # damaged files raise almost anything: OSError, SyntaxError, struct.error, ...
-                problems.append(self._unreadable(int(row), error))
+        if sample is None or sample >= len(self):
+            found = dict(enumerate(self.scanned))
+        else:
+            rows = np.linspace(0, len(self) - 1, sample).astype(int).tolist()
+            found = dict(zip(rows, scan(lambda number: self.encoded(rows[number]), sample)))
+        problems = [self._unreadable(row, image.problem) for row, image in found.items() if image.problem]
         if problems:
             more = len(problems) - 4 * _SHOWN
             hidden = [f"dataset {self.name!r}: and {more} more images that can't be read"] if more > 0 else []
             raise ConfigError(problems[: 4 * _SHOWN] + hidden)
 
-    def _unreadable(self, row: int, error: Exception) -> str:
+    def _unreadable(self, row: int, reason: str) -> str:
         return (
             f"dataset {self.name!r}: the image in {self.describe(row)} can't be decoded "
-            f"({type(error).__name__}: {error}); replace it or leave the row out"
+            f"({reason}); replace it or leave the row out"
         )
 
     def decode(
@@ -200,10 +212,10 @@ class ImageDataset:
             if not 0 <= row < len(self):
                 raise IndexError(f"row {row} of {len(self)}")
             try:
-                with Image.open(io.BytesIO(self.images[row].as_buffer())) as image:
+                with Image.open(io.BytesIO(self.encoded(row))) as image:
                     array = np.array(_resize(_to_bytes(image, channels), resize or image_size, image_size))
-            except Exception as error:  # as in verify
-                raise ConfigError(self._unreadable(row, error)) from error
+            except Exception as error:  # as in scan
+                raise ConfigError(self._unreadable(row, why_unreadable(error))) from error
             pixels = torch.from_numpy(array)
             pixels_NCHW[position] = pixels if pixels.ndim == 2 else pixels.permute(2, 0, 1)
         return pixels_NCHW
