@@ -134,8 +134,8 @@ class Method(ABC):
     def begin_task(self, model: Backbone, observation: Observation) -> None:
         """Attach this task's branches to ``model``."""
 
-    def training_step(self, learner: Learner, batch: Batch) -> float:
-        """Learn from one batch; returns the loss."""
+    def training_step(self, learner: Learner, batch: Batch) -> Tensor:
+        """Learn from one batch; returns the loss, a detached scalar where it was computed."""
         parameters = [*learner.branch_parameters, *learner.head_parameters]
         return plain_step(batch.loss_of, batch.indices, parameters, learner.step, learner.reduce_gradients)
 
