@@ -130,8 +130,8 @@ def _batch(
     group: WorkerGroup,
     tasks_B: Tensor | None = None,
 ) -> Batch:
-    labels_B = labels_B.to(model.device)
-    tasks_B = None if tasks_B is None else tasks_B.to(model.device)
+    own_labels_B = labels_B.to(model.device)
+    own_tasks_B = None if tasks_B is None else tasks_B.to(model.device)
     parameters = [*trainable_parameters(model), *head.parameters()] if group.size > 1 else []
 
     def loss_of(indices: Tensor) -> Tensor:
@@ -145,9 +145,10 @@ def _batch(
         ):  # more workers than images: an empty share still has a (zero) gradient to sum
             return torch.stack([(parameter * 0).sum() for parameter in parameters]).sum()
         whole = len(share) == len(labels_B)
-        tasks = tasks_B if tasks_B is None or whole else tasks_B[share]
+        share = share.to(model.device)
+        tasks = own_tasks_B if own_tasks_B is None or whole else own_tasks_B[share]
         features = model.features(inputs_BCHW if whole else inputs_BCHW[share], tasks)
-        labels = labels_B if whole else labels_B[share]
+        labels = own_labels_B if whole else own_labels_B[share]
         return cosface_loss(head(features), labels, settings.scale, settings.margin) / len(indices)
 
     return Batch(labels=labels_B, loss_of=loss_of, tasks=tasks_B)

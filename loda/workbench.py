@@ -197,6 +197,7 @@ def open_workbench(
         problems += error.problems
     if problems or backbone is None or dataset is None:
         raise ConfigError(problems)
+    backbone.precision = settings.compute.precision
     root = {
         "numerics": NUMERICS_VERSION,
         "backbone": backbone.digest,
@@ -209,6 +210,8 @@ def open_workbench(
             "threads": settings.compute.threads,
             "workers": group.size,
             "batch": settings.compute.batch_size,
+            # Keys were first given out when float32 was all there was.
+            **({} if backbone.precision == "float32" else {"precision": backbone.precision}),
         },
     }
     return Workbench(settings, dataset, tasks, splits, backbone, group, canonical_digest(root))

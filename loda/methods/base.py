@@ -68,6 +68,7 @@ class Learner:
 class Batch:
     """One batch: ``labels`` (B,) are 0-based within the task; ``loss_of`` gives the mean loss of batch indices.
 
+    Labels, tasks and indices are on the CPU: grouping a batch by them doesn't wait for an accelerator.
     ``tasks`` (B,) says which task each image is of, for the joint methods that know it (``knows_tasks``).
     """
 
