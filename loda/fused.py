@@ -31,15 +31,17 @@ class _FusedBranches(torch.autograd.Function):
         *ups: Tensor,
     ) -> Tensor:
         dtype = _product_dtype(x_base)
-        x, weight_OD, down_rD = x_base.to(dtype), weight_OD.to(dtype), down_rD.to(dtype)
-        scaled = [scale * up_Or for scale, up_Or in zip(scales, ups, strict=True)]
-        up_Or = (scaled[0] if len(scaled) == 1 else torch.cat(scaled, dim=1)).to(dtype)
+        scaled = torch._foreach_mul(ups, scales)
+        up_Or = scaled[0] if len(scaled) == 1 else torch.cat(scaled, dim=1)
+        x = x_base
+        if dtype != x.dtype:
+            x, weight_OD, down_rD, up_Or = x.to(dtype), weight_OD.to(dtype), down_rD.to(dtype), up_Or.to(dtype)
+            bias_O = None if bias_O is None else bias_O.to(dtype)
         narrow = F.linear(x, down_rD)
         ctx.save_for_backward(narrow, weight_OD, down_rD, up_Or)
         ctx.scales, ctx.ranks = scales, [part.shape[1] for part in ups]
         ctx.dtypes = (x_base.dtype, ups[0].dtype)
-        base = F.linear(x, weight_OD, None if bias_O is None else bias_O.to(dtype))
-        return base.add_(F.linear(narrow, up_Or))
+        return F.linear(x, weight_OD, bias_O).add_(F.linear(narrow, up_Or))
 
     @staticmethod
     @once_differentiable
@@ -50,14 +52,16 @@ class _FusedBranches(torch.autograd.Function):
         through_branch = through_base = None
         if ctx.needs_input_grad[1]:
             shape = (*gradient.shape[:-1], down_rD.shape[1])
-            through_branch = flat_MO.mm(up_Or).mm(down_rD).view(shape).to(x_dtype)
-            through_base = flat_MO.mm(weight_OD).view(shape).to(x_dtype)
-        of_ups: list[Tensor | None] = [None] * len(ctx.ranks)
+            through_branch = flat_MO.mm(up_Or).mm(down_rD).view(shape)
+            through_base = flat_MO.mm(weight_OD).view(shape)
+            if x_dtype != gradient.dtype:
+                through_branch, through_base = through_branch.to(x_dtype), through_base.to(x_dtype)
+        of_ups: Sequence[Tensor | None] = [None] * len(ctx.ranks)
         if any(ctx.needs_input_grad[6:]):
-            of_up_Or = flat_MO.t().mm(narrow.reshape(-1, narrow.shape[-1])).to(up_dtype)
-            parts = of_up_Or.split(ctx.ranks, dim=1)
-            wanted = ctx.needs_input_grad[6:]
-            of_ups = [s * part if w else None for s, part, w in zip(ctx.scales, parts, wanted, strict=True)]
+            of_up_Or = flat_MO.t().mm(narrow.reshape(-1, narrow.shape[-1]))
+            if up_dtype != gradient.dtype:
+                of_up_Or = of_up_Or.to(up_dtype)
+            of_ups = torch._foreach_mul(of_up_Or.split(ctx.ranks, dim=1), ctx.scales)
         return (through_branch, through_base, None, None, None, None, *of_ups)
 
 
