@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from loda.branch import BranchedLinear, attach, detach
 from loda.errors import ConfigError
 from loda.merging import MergedWeights
+
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Backbone:
         config: how to build it again with plain timm: ``architecture`` and ``options``.
         device: where it lives.
 
+    Attributes:
+        precision: of the products in a pass; ``bfloat16`` is autocast's, over weights that stay float32.
+
     Raises:
         ConfigError: no linear layer has one of the suffixes.
     """
@@ -45,6 +50,7 @@ class Backbone:
         self, model: nn.Module, target: Sequence[str], inputs: InputSpec, config: dict[str, Any], device: str = "cpu"
     ) -> None:
         self.device = torch.device(device)
+        self.precision: Precision = "float32"
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.inputs = inputs
         self.config = config
@@ -94,11 +100,16 @@ class Backbone:
         return (images_BCHW - self._mean) / self._std
 
     def features(self, images_BCHW: Tensor, tasks_B: Tensor | None = None) -> Tensor:
-        """(B, D) features after the final norm, of normalised images; ``tasks_B`` is for methods that need the id."""
+        """(B, D) float32 features after the final norm, of normalised images.
+
+        ``tasks_B`` is for methods that need the task's id.
+        """
         self.tasks_B = tasks_B
         if self.route is not None:
             self.route(images_BCHW)
-        return self.model(images_BCHW)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            features_BD: Tensor = self.model(images_BCHW)
+        return features_BD.to(images_BCHW.dtype)
 
     def load_merges(self, merges: Sequence[Mapping[str, Tensor]]) -> None:
         """Set the adapted weights to those after these tasks (:class:`loda.merging.MergedWeights`)."""

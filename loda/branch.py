@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, ItemsView, ValuesView
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from loda.fused import fused_branches
 
 
 class Branch(nn.Module):
@@ -73,6 +76,7 @@ class BranchedLinear(nn.Module):
     """A frozen linear layer with named branches: ``h = W x + Σ γ_k w_k(x) B_k A_k x``, all ``w_k = 1`` by default.
 
     The branches are stacked, ``A = [A_1; A_2]`` and ``B = [γ_1 B_1, γ_2 B_2]``: two thin products for any number.
+    Where only the B_k are trained, layer and branches are one node of the graph (``loda.fused``), the same to the bit.
     A method that trains a change of full rank adds ``change`` (d_out, d_in) instead: ``h = (W + Δ) x + ...``.
 
     Attributes:
@@ -87,6 +91,7 @@ class BranchedLinear(nn.Module):
         self.change: nn.Parameter | None = None
         self.weigh: Callable[[Tensor], Tensor] | None = None
         self.extra: nn.Module | None = None
+        self._stacked: tuple[list[Tensor], list[int], Tensor] | None = None
 
     def add_change(self, change_OD: Tensor | None = None) -> None:
         """Attach a trained weight change of full rank; it starts at zero unless given."""
@@ -122,7 +127,33 @@ class BranchedLinear(nn.Module):
         tensors = [*self.branches.parameters(), *own, *(p for module in modules for p in module.parameters())]
         return [tensor for tensor in tensors if tensor.requires_grad]
 
+    def _only_ups_are_trained(self) -> bool:
+        return (
+            self.change is None
+            and self.weigh is None
+            and self.extra is None
+            and not any(b.down.requires_grad or isinstance(b.scale, Tensor) for b in self.branches.values())
+        )
+
+    def _frozen_down(self) -> Tensor:
+        """All A_k, one under the other; stacked again only if one of them is another or has changed."""
+        downs: list[Tensor] = [branch.down for branch in self.branches.values()]
+        if len(downs) == 1:
+            return downs[0]
+        versions = [down._version for down in downs]
+        if self._stacked is not None:
+            of, at, stacked_rD = self._stacked
+            if at == versions and len(of) == len(downs) and all(map(operator.is_, of, downs)):
+                return stacked_rD
+        with torch.inference_mode(False), torch.no_grad():  # a first pass without gradient mustn't mark it so for ever
+            self._stacked = (downs, versions, torch.cat(downs))
+        return self._stacked[2]
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.branches and self._only_ups_are_trained():
+            scales = [float(branch.scale) for branch in self.branches.values()]
+            ups = [branch.moved_up() for branch in self.branches.values()]
+            return fused_branches(x, self.base.weight, self.base.bias, self._frozen_down(), scales, ups)
         if self.change is None:
             base = self.base(x)
         else:

@@ -30,13 +30,13 @@ def class_halves(labels_B: Tensor, generator: torch.Generator) -> tuple[Tensor, 
 
 def _move(parameters: Sequence[Tensor], gradients: Sequence[Tensor], rho: float, scale: RhoScale) -> None:
     """Move each tensor by ``-ρ g/‖g‖``, in place: a descent move; L₂(θ - ρĝ₁) ≈ L₂ - ρ ĝ₁·g₂ rewards agreement."""
-    norms = torch._foreach_norm(list(gradients))
-    for parameter, gradient, norm in zip(parameters, gradients, norms, strict=True):
-        # Published: the move has norm ρ. Ours ("relative"): norm ρ‖θ‖, so it shrinks with a small B.
-        length = torch.as_tensor(rho, dtype=norm.dtype, device=norm.device)
-        if scale == "relative":
-            length = rho * parameter.norm()
-        parameter.sub_(gradient * torch.where(norm > 0, length / norm, 0.0))  # no gradient, no move
+    norms_P = torch.stack(torch._foreach_norm(list(gradients)))
+    # Published: the move has norm ρ. Ours ("relative"): norm ρ‖θ‖, so it shrinks with a small B.
+    lengths_P = torch.full_like(norms_P, rho)
+    if scale == "relative":
+        lengths_P = rho * torch.stack(torch._foreach_norm(list(parameters)))
+    factors_P = torch.where(norms_P > 0, lengths_P / norms_P, 0.0)  # no gradient, no move
+    torch._foreach_sub_(list(parameters), torch._foreach_mul(list(gradients), list(factors_P.unbind())))
 
 
 def gradient_aligned_step(
@@ -48,7 +48,7 @@ def gradient_aligned_step(
     step: Callable[[], None],
     reduce_gradients: Callable[[Sequence[Tensor]], None] = lambda gradients: None,
     scale: RhoScale = "absolute",
-) -> float:
+) -> Tensor:
     """Two optimiser steps on one batch, one for each direction between its halves.
 
     For (source, target): the gradient on source, w.r.t. the branch tensors only; each moves to ``θ - ρ g/‖g‖``
@@ -65,7 +65,7 @@ def gradient_aligned_step(
         scale: ``absolute`` as published, or ``relative`` to each tensor's norm (ours).
 
     Returns:
-        Mean of the losses that were stepped on.
+        Mean of the losses that were stepped on, a float64 scalar where they were computed.
     """
     parameters = [*branch_parameters, *head_parameters]
     if len(halves[1]) == 0:
@@ -84,11 +84,10 @@ def gradient_aligned_step(
         gradients = list(torch.autograd.grad(loss, parameters, materialize_grads=True))
         reduce_gradients(gradients)
         with torch.no_grad():
-            for parameter, value in zip(branch_parameters, kept, strict=True):
-                parameter.copy_(value)
+            torch._foreach_copy_(list(branch_parameters), kept)
         _assign_and_step(parameters, gradients, step)
-        losses.append(float(loss.detach()))
-    return sum(losses) / len(losses)
+        losses.append(loss.detach())
+    return torch.stack(losses).double().sum() / len(losses)
 
 
 def plain_step(
@@ -97,13 +96,13 @@ def plain_step(
     parameters: Sequence[Tensor],
     step: Callable[[], None],
     reduce_gradients: Callable[[Sequence[Tensor]], None] = lambda gradients: None,
-) -> float:
-    """One ordinary optimiser step on the given batch indices; returns the loss."""
+) -> Tensor:
+    """One ordinary optimiser step on the given batch indices; returns the loss, a scalar where it was computed."""
     loss = loss_of(indices)
     gradients = list(torch.autograd.grad(loss, parameters, materialize_grads=True))
     reduce_gradients(gradients)
     _assign_and_step(parameters, gradients, step)
-    return float(loss.detach())
+    return loss.detach()
 
 
 def _assign_and_step(parameters: Sequence[Tensor], gradients: Sequence[Tensor], step: Callable[[], None]) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from loda.backbone import Backbone
-from loda.branch import BranchedLinear
 from loda.distributed import WorkerGroup
 from loda.head import CosineHead, cosface_loss
 
@@ -58,11 +57,11 @@ class LossGradients:
             name: torch.zeros(d_out, d_in, dtype=torch.float64, device=self.model.device)
             for name, (d_in, d_out) in self.model.widths.items()
         }
-        handles, bases = [], {}
+        handles = []
         for name in self.model.layers:
+            # Branches add to the layer's output, so the gradient is the same before and after them.
             module = self.model.model.get_submodule(name)
-            bases[name] = module.base if isinstance(module, BranchedLinear) else module
-            handles.append(bases[name].register_forward_hook(self._hook(sums[name], reduce)))
+            handles.append(module.register_forward_hook(self._hook(sums[name], reduce)))
         try:
             for batch in torch.arange(len(self.labels_N)).split(self.batch_size):
                 share = self.group.share(batch)

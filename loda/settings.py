@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, SerializeAsAny, field_validator
 
 from loda.augment import AugmentationSettings
+from loda.backbone import Precision
 from loda.classifier import ClassifierKind
 from loda.methods import method_settings
 from loda.methods.base import MethodSettings
@@ -82,6 +83,7 @@ class ComputeSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt = Field(1, description="torch threads of a worker; more change the last bits")
     batch_size: PositiveInt = Field(256, description="images a forward pass without gradient")
+    precision: Precision = Field("float32", description="of the backbone's products; weights stay float32")
 
 
 class RunSettings(Section):

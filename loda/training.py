@@ -16,6 +16,7 @@ from loda.backbone import Backbone
 from loda.distributed import WorkerGroup
 from loda.errors import StageError
 from loda.head import CosineHead, cosface_loss
+from loda.losses import EpochLosses
 from loda.methods.base import Batch, Learner, Method
 from loda.seeds import generator
 from loda.settings import HeadSettings, TrainingSettings
@@ -98,28 +99,21 @@ def train_task(
     losses, seconds = [], []
     for epoch in range(training.epochs):
         started = time.perf_counter()
-        total, batches = 0.0, 0
+        epoch_losses = EpochLosses(epoch, training.epochs, model.device, group)
         for index_B in torch.randperm(len(labels_N), generator=order_draws).split(training.batch_size):
             views_BCHW = augment(images_NCHW[index_B].to(model.device).float() / 255, training.augmentation, view_draws)
             inputs_BCHW, tasks_B = model.normalize(views_BCHW), None if tasks_N is None else tasks_N[index_B]
             batch = _batch(model, method, head, inputs_BCHW, labels_N[index_B], head_settings, group, tasks_B)
-            loss = torch.tensor(method.training_step(learner, batch), dtype=torch.float64)
-            group.sum_([loss])
-            total += float(loss)
-            batches += 1
-            if not math.isfinite(total):
-                raise StageError(
-                    f"the loss is {float(loss)} in epoch {epoch + 1} of {training.epochs}, batch {batches}: training "
-                    "diverged; lower training.lr (or, for LoDA, method.rho_max)"
-                )
+            epoch_losses.add(method.training_step(learner, batch))
+        losses.append(epoch_losses.mean())
         schedule.step()
         # The loss is taken before the step: what the last step led to is only seen in the weights.
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in (*branch_parameters, *head_parameters)):
+        finite = [torch.isfinite(tensor).all() for tensor in (*branch_parameters, *head_parameters)]
+        if not bool(torch.stack(finite).all()):
             raise StageError(
                 f"the weights are no longer finite after epoch {epoch + 1} of {training.epochs}: training diverged; "
                 "lower training.lr (or, for LoDA, method.rho_max)"
             )
-        losses.append(total / batches)
         seconds.append(time.perf_counter() - started)
         if on_epoch is not None:
             on_epoch(epoch + 1, training.epochs)
@@ -136,8 +130,8 @@ def _batch(
     group: WorkerGroup,
     tasks_B: Tensor | None = None,
 ) -> Batch:
-    labels_B = labels_B.to(model.device)
-    tasks_B = None if tasks_B is None else tasks_B.to(model.device)
+    own_labels_B = labels_B.to(model.device)
+    own_tasks_B = None if tasks_B is None else tasks_B.to(model.device)
     parameters = [*trainable_parameters(model), *head.parameters()] if group.size > 1 else []
 
     def loss_of(indices: Tensor) -> Tensor:
@@ -151,9 +145,10 @@ def _batch(
         ):  # more workers than images: an empty share still has a (zero) gradient to sum
             return torch.stack([(parameter * 0).sum() for parameter in parameters]).sum()
         whole = len(share) == len(labels_B)
-        tasks = tasks_B if tasks_B is None or whole else tasks_B[share]
+        share = share.to(model.device)
+        tasks = own_tasks_B if own_tasks_B is None or whole else own_tasks_B[share]
         features = model.features(inputs_BCHW if whole else inputs_BCHW[share], tasks)
-        labels = labels_B if whole else labels_B[share]
+        labels = own_labels_B if whole else own_labels_B[share]
         return cosface_loss(head(features), labels, settings.scale, settings.margin) / len(indices)
 
     return Batch(labels=labels_B, loss_of=loss_of, tasks=tasks_B)

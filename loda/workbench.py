@@ -207,6 +207,7 @@ def open_workbench(
         problems.append(f"stream.resize: {resize} is less than the {size} pixels that the backbone takes")
     if problems or backbone is None or dataset is None:
         raise ConfigError(problems)
+    backbone.precision = settings.compute.precision
     root: dict[str, Any] = {
         "numerics": NUMERICS_VERSION,
         "backbone": backbone.digest,
@@ -219,6 +220,8 @@ def open_workbench(
             "threads": settings.compute.threads,
             "workers": group.size,
             "batch": settings.compute.batch_size,
+            # Keys were first given out when float32 was all there was.
+            **({} if backbone.precision == "float32" else {"precision": backbone.precision}),
         },
     }
     if resize is not None:  # studies from before this setting keep their keys

@@ -149,6 +149,8 @@ class Study(RunSettings):
             del values["training"]["optimizer"]
         if self.stream.resize is None:
             del values["stream"]["resize"]
+        if self.compute.precision == "float32":
+            del values["compute"]["precision"]
         values["search"]["space"] = Path(self.search.space).name  # not where the file lies
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

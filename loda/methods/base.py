@@ -68,6 +68,7 @@ class Learner:
 class Batch:
     """One batch: ``labels`` (B,) are 0-based within the task; ``loss_of`` gives the mean loss of batch indices.
 
+    Labels, tasks and indices are on the CPU: grouping a batch by them doesn't wait for an accelerator.
     ``tasks`` (B,) says which task each image is of, for the joint methods that know it (``knows_tasks``).
     """
 
@@ -134,8 +135,8 @@ class Method(ABC):
     def begin_task(self, model: Backbone, observation: Observation) -> None:
         """Attach this task's branches to ``model``."""
 
-    def training_step(self, learner: Learner, batch: Batch) -> float:
-        """Learn from one batch; returns the loss."""
+    def training_step(self, learner: Learner, batch: Batch) -> Tensor:
+        """Learn from one batch; returns the loss, a detached scalar where it was computed."""
         parameters = [*learner.branch_parameters, *learner.head_parameters]
         return plain_step(batch.loss_of, batch.indices, parameters, learner.step, learner.reduce_gradients)
 

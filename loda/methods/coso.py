@@ -91,7 +91,7 @@ class Coso(Method):
                 free_Df, sketch, zeros(d_in, 0), zeros(d_out, 0), zeros(d_out, 0), zeros(0, 0)
             )
 
-    def training_step(self, learner: Learner, batch: Batch) -> float:
+    def training_step(self, learner: Learner, batch: Batch) -> Tensor:
         loss = batch.loss_of(batch.indices)
         weights, heads = learner.branch_parameters, learner.head_parameters
         gradients = list(torch.autograd.grad(loss, [*weights, *heads], materialize_grads=True))
@@ -107,7 +107,7 @@ class Coso(Method):
         for head, gradient in zip(heads, gradients[len(weights) :], strict=True):
             head.grad = gradient
         learner.step()
-        return float(loss.detach())
+        return loss.detach()
 
     def _refresh(self, layer: LayerState, gradient_OD: Tensor) -> None:
         """The leading right singular vectors of the projected gradient; Adam's averages follow."""

@@ -120,7 +120,7 @@ class ExpertPool(Method):
             active = min(read.active, read.rank)
             branched.weigh = ClassTokenRouter(router_KD.to(model.device), active, read.router_grad == "ste")
 
-    def training_step(self, learner: Learner, batch: Batch) -> float:
+    def training_step(self, learner: Learner, batch: Batch) -> Tensor:
         for router in _routers(learner.model).values():
             router.reduce, router.counting = learner.reduce_gradients, True
         try:

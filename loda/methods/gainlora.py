@@ -89,7 +89,7 @@ class GainLora(InfLora):
                 down_rD, up_Or = (self.stack[f"{name}/task{task}/{part}"] for part in ("down", "up"))
                 branched.add(f"task{task}", down_rD, up_Or, scale=1.0, train_down=False, train_up=False)
 
-    def training_step(self, learner: Learner, batch: Batch) -> float:
+    def training_step(self, learner: Learner, batch: Batch) -> Tensor:
         loss = super().training_step(learner, batch)
         if self.gates:
             with torch.no_grad():

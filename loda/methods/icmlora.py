@@ -74,7 +74,7 @@ class IcmLora(PairMethod):
         self.vector = mean_feature(observation.gradients)
         super().begin_task(model, observation)
 
-    def training_step(self, learner: Learner, batch: Batch) -> float:
+    def training_step(self, learner: Learner, batch: Batch) -> Tensor:
         loss = super().training_step(learner, batch)
         self.recent = [*self.recent, _flat(learner.model)][-self.settings.snapshots :]
         return loss

@@ -135,7 +135,7 @@ class Loda(Method):
             if kind == "isolated":
                 self.facts.setdefault("ridge", {})[name] = float(found.ridge[index])
 
-    def training_step(self, learner: Learner, batch: Batch) -> float:
+    def training_step(self, learner: Learner, batch: Batch) -> Tensor:
         if not self.settings.gao:
             return super().training_step(learner, batch)
         halves = class_halves(batch.labels, learner.generator)

@@ -53,7 +53,7 @@ class LoraPm(PairMethod):
         super().__init__(settings)
         self.sums: dict[str, Tensor] = {}  # <layer>.fisher: Σ F_i; <layer>.weighted: Σ F_i (θ_i* - W_0)
 
-    def training_step(self, learner: Learner, batch: Batch) -> float:
+    def training_step(self, learner: Learner, batch: Batch) -> Tensor:
         choice = int(torch.randint(3, (), generator=learner.generator)) - 1
         branches = [branched.branches["lora"] for branched in learner.model.attached.values()]
         for branch in branches:

@@ -34,7 +34,7 @@ class OrthoLora(Joint):
     knows_tasks: ClassVar[bool] = True
     published: ClassVar[Mapping[str, Any]] = {}  # language models: nothing that carries over
 
-    def training_step(self, learner: Learner, batch: Batch) -> float:
+    def training_step(self, learner: Learner, batch: Batch) -> Tensor:
         assert batch.tasks is not None
         parameters = [*learner.branch_parameters, *learner.head_parameters]
         of_tasks: list[list[Tensor]] = []
@@ -52,7 +52,7 @@ class OrthoLora(Joint):
         for parameter, gradient in zip(parameters, whole, strict=True):
             parameter.grad = gradient
         learner.step()
-        return float(loss.detach())
+        return loss.detach()
 
 
 def surgery(gradients: Sequence[Tensor]) -> Tensor | None:

@@ -218,7 +218,7 @@ def test_keys_that_came_later_leave_the_digest_of_earlier_studies_alone() -> Non
     values = study.resolved()
     for section in ("resources", "tracking", "racing", "robustness"):
         values.pop(section)
-    del values["training"]["optimizer"], values["stream"]["resize"]
+    del values["training"]["optimizer"], values["stream"]["resize"], values["compute"]["precision"]
     values |= {"workers": study.resources.workers, "search": values["search"] | {"space": study.search.space}}
     for key in ("kind", "roots", "continuations", "depth", "similarity", "class_seeds"):
         del values["orders"][key]

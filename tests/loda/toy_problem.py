@@ -78,4 +78,5 @@ class Problem:
 
     def gao_step(self, rho: float, step: Callable[[], None], **options: object) -> float:
         head = list(self.head.parameters())
-        return gradient_aligned_step(self.recorded_loss, self.halves, rho, self.branch, head, step, **options)  # type: ignore[arg-type]
+        loss = gradient_aligned_step(self.recorded_loss, self.halves, rho, self.branch, head, step, **options)  # type: ignore[arg-type]
+        return float(loss)
