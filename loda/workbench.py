@@ -20,6 +20,7 @@ from loda.errors import ConfigError
 from loda.methods import build_method
 from loda.methods.base import Method
 from loda.moments import LayerMoments, MomentRecorder, by_width
+from loda.pixels import PixelCache, open_pixels
 from loda.settings import RunSettings
 from loda.state import Artifact
 from loda.stream import Task, partition_classes, split_indices
@@ -52,6 +53,7 @@ class Workbench:
     backbone: Backbone
     group: WorkerGroup
     root_key: str
+    pixels: PixelCache | None = None
     _decoded: dict[int, Tensor] = field(default_factory=dict)
     frozen_probes: dict[tuple[Any, ...], float] = field(default_factory=dict)
 
@@ -72,7 +74,9 @@ class Workbench:
         return rows[np.isin(self.dataset.labels[rows], classes)]
 
     def images(self, rows: np.ndarray) -> Tensor:
-        """uint8 (n, C, S, S); each image is decoded once a process."""
+        """uint8 (n, C, S, S); each image is decoded once a process, or once a machine with ``compute.pixel_cache``."""
+        if self.pixels is not None:
+            return self.pixels.images(rows)
         missing = [int(row) for row in rows if int(row) not in self._decoded]
         if missing:
             inputs = self.backbone.inputs
@@ -211,4 +215,14 @@ def open_workbench(
             "batch": settings.compute.batch_size,
         },
     }
-    return Workbench(settings, dataset, tasks, splits, backbone, group, canonical_digest(root))
+    pixels = None
+    if settings.compute.pixel_cache is not None:
+        limit = settings.compute.pixel_cache_gb
+        pixels = open_pixels(
+            dataset,
+            backbone.inputs.image_size,
+            backbone.inputs.channels,
+            settings.compute.pixel_cache,
+            limit_bytes=None if limit is None else int(limit * 1e9),
+        )
+    return Workbench(settings, dataset, tasks, splits, backbone, group, canonical_digest(root), pixels)
