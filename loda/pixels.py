@@ -61,7 +61,7 @@ class PixelCache:
                 if pixels.type != pa.binary(width):
                     raise ValueError(f"record batch {index} has {pixels.type}, expected {width} bytes an image")
                 values = np.frombuffer(pixels.buffers()[1], dtype=np.uint8, count=len(pixels) * width)
-                if metadata is None or metadata.get(b"crc32") != str(zlib.crc32(values)).encode():
+                if metadata is None or metadata.get(b"crc32") != str(zlib.crc32(values.data)).encode():
                     raise ValueError(f"the checksum of record batch {index} is wrong")
                 self._batches.append(values.reshape(len(pixels), width))
         except (pa.ArrowException, OSError) as error:
@@ -76,6 +76,20 @@ class PixelCache:
         for position, row in enumerate(rows.tolist()):
             pixels_NP[position] = self._batches[row // BATCH_ROWS][row % BATCH_ROWS]
         return torch.from_numpy(pixels_NP).reshape(len(rows), *self._shape)
+
+
+def check_limit(dataset: ImageDataset, size: int, channels: int, limit_bytes: int | None) -> None:
+    """Whether the pixels may be kept, before anything is decoded.
+
+    Raises:
+        ConfigError: they take more than ``limit_bytes``.
+    """
+    needed = cache_bytes(dataset, size, channels)
+    if limit_bytes is not None and needed > limit_bytes:
+        raise ConfigError(
+            f"compute.pixel_cache_gb: the decoded images of {dataset.name!r} take {needed} bytes, but the limit is "
+            f"{limit_bytes}; raise it, or leave compute.pixel_cache out to keep them in each worker's memory"
+        )
 
 
 def open_pixels(
@@ -102,12 +116,7 @@ def open_pixels(
         ConfigError: the pixels take more than ``limit_bytes``, the directory can't be written, or an image can't be
             decoded; the message names it.
     """
-    needed = cache_bytes(dataset, size, channels)
-    if limit_bytes is not None and needed > limit_bytes:
-        raise ConfigError(
-            f"compute.pixel_cache_gb: the decoded images of {dataset.name!r} take {needed} bytes, but the limit is "
-            f"{limit_bytes}; raise it, or leave compute.pixel_cache out to keep them in each worker's memory"
-        )
+    check_limit(dataset, size, channels, limit_bytes)
     directory = Path(directory).expanduser()
     path = cache_path(dataset, size, channels, directory)
     try:
@@ -148,9 +157,9 @@ def _build(
                     values = images.numpy().reshape(-1)
                     column = pa.Array.from_buffers(pa.binary(width), len(rows), [None, pa.py_buffer(values)])
                     batch = pa.record_batch([column], schema=schema)
-                    writer.write_batch(batch, custom_metadata={"crc32": str(zlib.crc32(values))})
+                    writer.write_batch(batch, custom_metadata={"crc32": str(zlib.crc32(values.data))})
                     if on_progress is not None:
                         on_progress(int(rows[-1]) + 1, len(dataset))
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from loda.errors import ConfigError
 from loda.methods import build_method
 from loda.methods.base import Method
 from loda.moments import LayerMoments, MomentRecorder, by_width
-from loda.pixels import PixelCache, open_pixels
+from loda.pixels import PixelCache, check_limit, open_pixels
 from loda.settings import RunSettings
 from loda.state import Artifact
 from loda.stream import Task, partition_classes, split_indices
@@ -53,8 +53,8 @@ class Workbench:
     backbone: Backbone
     group: WorkerGroup
     root_key: str
-    pixels: PixelCache | None = None
     _decoded: dict[int, Tensor] = field(default_factory=dict)
+    _pixels: list[PixelCache] = field(default_factory=list)  # none yet, or the one that is open
     frozen_probes: dict[tuple[Any, ...], float] = field(default_factory=dict)
 
     def with_settings(self, settings: RunSettings) -> Workbench:
@@ -75,11 +75,13 @@ class Workbench:
 
     def images(self, rows: np.ndarray) -> Tensor:
         """uint8 (n, C, S, S); each image is decoded once a process, or once a machine with ``compute.pixel_cache``."""
-        if self.pixels is not None:
-            return self.pixels.images(rows)
+        directory, inputs = self.settings.compute.pixel_cache, self.backbone.inputs
+        if directory is not None:
+            if not self._pixels:  # only now: planning a study needs no pixels
+                self._pixels.append(open_pixels(self.dataset, inputs.image_size, inputs.channels, directory))
+            return self._pixels[0].images(rows)
         missing = [int(row) for row in rows if int(row) not in self._decoded]
         if missing:
-            inputs = self.backbone.inputs
             batch = self.dataset.decode(np.asarray(missing), inputs.image_size, inputs.channels)
             self._decoded.update(zip(missing, batch, strict=True))
         return torch.stack([self._decoded[int(row)] for row in rows])
@@ -215,14 +217,7 @@ def open_workbench(
             "batch": settings.compute.batch_size,
         },
     }
-    pixels = None
-    if settings.compute.pixel_cache is not None:
-        limit = settings.compute.pixel_cache_gb
-        pixels = open_pixels(
-            dataset,
-            backbone.inputs.image_size,
-            backbone.inputs.channels,
-            settings.compute.pixel_cache,
-            limit_bytes=None if limit is None else int(limit * 1e9),
-        )
-    return Workbench(settings, dataset, tasks, splits, backbone, group, canonical_digest(root), pixels)
+    if settings.compute.pixel_cache is not None and settings.compute.pixel_cache_gb is not None:
+        limit = int(settings.compute.pixel_cache_gb * 1e9)
+        check_limit(dataset, backbone.inputs.image_size, backbone.inputs.channels, limit)
+    return Workbench(settings, dataset, tasks, splits, backbone, group, canonical_digest(root))

@@ -29,7 +29,9 @@ def photos() -> ImageDataset:
         Image.fromarray(draws.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(buffer, "JPEG")
         files.append(buffer.getvalue())
     labels = np.arange(ROWS) % 2
-    return ImageDataset("photos", files, labels, ["a", "b"], ["train", "train", "test", "test"] * (ROWS // 4) + ["test"])
+    return ImageDataset(
+        "photos", files, labels, ["a", "b"], ["train", "train", "test", "test"] * (ROWS // 4) + ["test"]
+    )
 
 
 def test_pixels_are_those_of_decoding_in_any_order(photos: ImageDataset, tmp_path: Path) -> None:
@@ -84,6 +86,7 @@ def test_a_workbench_reads_the_same_images_under_the_same_key(tmp_path: Path) ->
     plain = open_workbench(RunSettings())
     cached = open_workbench(RunSettings.model_validate({"compute": {"pixel_cache": str(tmp_path)}}))
     assert cached.root_key == plain.root_key
+    assert not list(tmp_path.glob("*.arrow"))  # opened, as a plan does, and nothing decoded
     rows = plain.splits["test"][::97]
     assert torch.equal(cached.images(rows), plain.images(rows))
     assert len(list(tmp_path.glob("*.arrow"))) == 1
