@@ -84,6 +84,10 @@ class ComputeSettings(Section):
     threads: PositiveInt = Field(1, description="torch threads of a worker; more change the last bits")
     batch_size: PositiveInt = Field(256, description="images a forward pass without gradient")
     precision: Precision = Field("float32", description="of the backbone's products; weights stay float32")
+    pixel_cache: str | None = Field(
+        None, description="a directory of this machine for decoded images, shared by its workers; null: memory"
+    )
+    pixel_cache_gb: PositiveFloat | None = Field(None, description="most that they may take there, in 10^9 bytes")
 
 
 class RunSettings(Section):

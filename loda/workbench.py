@@ -20,6 +20,7 @@ from loda.errors import ConfigError
 from loda.methods import build_method
 from loda.methods.base import Method
 from loda.moments import LayerMoments, MomentRecorder, by_width
+from loda.pixels import PixelCache, check_limit, open_pixels
 from loda.settings import RunSettings
 from loda.state import Artifact
 from loda.stream import Task, partition_classes, split_indices
@@ -54,6 +55,7 @@ class Workbench:
     group: WorkerGroup
     root_key: str
     _decoded: dict[int, Tensor] = field(default_factory=dict)
+    _pixels: list[PixelCache] = field(default_factory=list)  # none yet, or the one that is open
     frozen_probes: dict[tuple[Any, ...], float] = field(default_factory=dict)
 
     def with_settings(self, settings: RunSettings) -> Workbench:
@@ -73,10 +75,22 @@ class Workbench:
         return rows[np.isin(self.dataset.labels[rows], classes)]
 
     def images(self, rows: np.ndarray) -> Tensor:
-        """uint8 (n, C, S, S); each image is decoded once a process."""
+        """uint8 (n, C, S, S); each image is decoded once a process, or once a machine with ``compute.pixel_cache``."""
+        directory, inputs = self.settings.compute.pixel_cache, self.backbone.inputs
+        if directory is not None:
+            if not self._pixels:  # only now: planning a study needs no pixels
+                self._pixels.append(
+                    open_pixels(
+                        self.dataset,
+                        inputs.image_size,
+                        inputs.channels,
+                        directory,
+                        resize=self.settings.stream.resize,
+                    )
+                )
+            return self._pixels[0].images(rows)
         missing = [int(row) for row in rows if int(row) not in self._decoded]
         if missing:
-            inputs = self.backbone.inputs
             batch = self.dataset.decode(
                 np.asarray(missing), inputs.image_size, inputs.channels, self.settings.stream.resize
             )
@@ -226,4 +240,7 @@ def open_workbench(
     }
     if resize is not None:  # studies from before this setting keep their keys
         root["resize"] = resize
+    if settings.compute.pixel_cache is not None and settings.compute.pixel_cache_gb is not None:
+        limit = int(settings.compute.pixel_cache_gb * 1e9)
+        check_limit(dataset, backbone.inputs.image_size, backbone.inputs.channels, limit)
     return Workbench(settings, dataset, tasks, splits, backbone, group, canonical_digest(root))

@@ -41,6 +41,8 @@ def absolute_study(study: Study) -> Study:
         changes["search.space"] = str(Path(study.search.space).absolute())
     if weights not in (None, "random"):
         changes["backbone.weights"] = str(Path(str(weights)).expanduser().absolute())
+    if study.compute.pixel_cache is not None:
+        changes["compute.pixel_cache"] = str(Path(study.compute.pixel_cache).expanduser().absolute())
     if study.orders.file is not None:
         changes["orders.file"] = str(Path(study.orders.file).expanduser().absolute())
     return study.with_values(changes)
@@ -206,7 +208,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
     """Lines for the settings that results depend on and that differ."""
     for key in sorted({*old, *new}):
         path = f"{prefix}{key}"
-        if path in ("resources", "tracking", "robustness"):
+        if path in ("resources", "tracking", "robustness", "compute.pixel_cache", "compute.pixel_cache_gb"):
             continue  # where and how it runs may change, and what it is compared with
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):

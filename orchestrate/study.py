@@ -151,6 +151,8 @@ class Study(RunSettings):
             del values["stream"]["resize"]
         if self.compute.precision == "float32":
             del values["compute"]["precision"]
+        for key in ("pixel_cache", "pixel_cache_gb"):  # where pixels lie changes no result
+            del values["compute"][key]
         values["search"]["space"] = Path(self.search.space).name  # not where the file lies
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

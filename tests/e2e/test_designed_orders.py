@@ -219,6 +219,7 @@ def test_keys_that_came_later_leave_the_digest_of_earlier_studies_alone() -> Non
     for section in ("resources", "tracking", "racing", "robustness"):
         values.pop(section)
     del values["training"]["optimizer"], values["stream"]["resize"], values["compute"]["precision"]
+    del values["compute"]["pixel_cache"], values["compute"]["pixel_cache_gb"]
     values |= {"workers": study.resources.workers, "search": values["search"] | {"space": study.search.space}}
     for key in ("kind", "roots", "continuations", "depth", "similarity", "class_seeds"):
         del values["orders"][key]
