@@ -117,9 +117,9 @@ def robustness(
 
 
 # Last, so that help lists these commands after those above.
-from orchestrate import cli_results  # noqa: E402
+from orchestrate import cli_launch, cli_results  # noqa: E402
 
-__all__ = ["app", "cli_results", "main"]
+__all__ = ["app", "cli_launch", "cli_results", "main"]
 
 
 def main() -> None:
