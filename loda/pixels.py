@@ -29,9 +29,7 @@ def cache_bytes(dataset: ImageDataset, size: int, channels: int) -> int:
     return len(dataset) * channels * size * size
 
 
-def cache_path(
-    dataset: ImageDataset, size: int, channels: int, directory: Path, resize: int | None = None
-) -> Path:
+def cache_path(dataset: ImageDataset, size: int, channels: int, directory: Path, resize: int | None = None) -> Path:
     """Where these pixels lie: named by the data's digest, so that other data never meets this file."""
     name = f"loda-pixels-{LAYOUT} {dataset.digest} {size} {channels}" + (f" {resize}" if resize else "")
     return directory / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.arrow"

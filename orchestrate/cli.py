@@ -130,9 +130,10 @@ def robustness(
 
 
 # Last, so that help lists these commands after those above.
-from orchestrate import cli_data, cli_results  # noqa: E402
+from orchestrate import cli_data, cli_launch, cli_results  # noqa: E402
 
-__all__ = ["app", "cli_data", "cli_results", "main"]
+# Importing them registers their commands; `orchestrate` calls main.
+__all__ = ["app", "cli_data", "cli_launch", "cli_results", "main"]
 
 
 def main() -> None:

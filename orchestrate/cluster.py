@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterator
 
 import psutil
@@ -29,6 +30,28 @@ def resource_problems(study: Study) -> list[str]:
 
 
 @contextlib.contextmanager
+def loopback_only() -> Iterator[None]:
+    """While Ray starts here, it takes 127.0.0.1 for this machine's address, so that no port faces the network.
+
+    Ray replaces a loopback ``_node_ip_address`` by the machine's own address, unless clusters are switched off, as it
+    does itself on macOS and Windows. It reads the switch at its first import, so the value read is replaced too.
+    """
+    from ray._private import ray_constants
+
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, read = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = read
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
 def ray_cluster(study: Study) -> Iterator[None]:
     """Connect to ``resources.address``, or start Ray here, with as many CPUs as the study can use.
 
@@ -47,15 +70,15 @@ def ray_cluster(study: Study) -> Iterator[None]:
             raise ConfigError(f"resources.address: no Ray cluster answers at {resources.address!r}: {error}") from error
     else:
         wanted = math.ceil(resources.concurrent_trials * resources.workers * resources.cpus_per_worker)
-        ray.init(
-            address="local",
-            num_cpus=max(wanted, psutil.cpu_count() or 1),
-            object_store_memory=resources.object_store_mb * 1024**2,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-        )
+        with loopback_only():
+            ray.init(
+                address="local",
+                num_cpus=max(wanted, psutil.cpu_count() or 1),
+                object_store_memory=resources.object_store_mb * 1024**2,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     try:
         yield
     finally:

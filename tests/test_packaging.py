@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("loda", "orchestrate", "search_spaces")
+PACKAGES = ("loda", "orchestrate", "search_spaces", "clusters")
 NOT_SHIPPED = {"__pycache__"}
 
 

@@ -131,7 +131,7 @@ def _class_problems(counts: Mapping[str, np.ndarray], names: Sequence[str]) -> l
         "classes with training images only": train & ~test,
         "classes with test images only": ~train & test,
     }
-    return [_kind(what, [names[i] for i in np.flatnonzero(hit)]) for what, hit in kinds.items() if hit.any()]
+    return [_kind(what, [names[i] for i in np.flatnonzero(hit).tolist()]) for what, hit in kinds.items() if hit.any()]
 
 
 def _image_problems(scanned: Sequence[Scanned], split: np.ndarray, places: Sequence[str]) -> list[dict[str, Any]]:

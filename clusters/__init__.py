@@ -1,0 +1,1 @@
+"""Cluster files, found by name: ``orchestrate clusters``."""
