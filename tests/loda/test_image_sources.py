@@ -138,7 +138,8 @@ def test_cifar_100_is_read_pixel_by_pixel_from_folder_and_archive(tmp_path: Path
     folder = cifar(tmp_path / "cifar-100-python")
     dataset = load_dataset(f"cifar100:{folder}")
     assert dataset.class_names == ["apple", "bear", "clock", "dog"]
-    assert dataset.groups == ["food", "food", "animal", "animal"]
+    grouped = load_dataset(f"cifar100:{folder}?groups=coarse")
+    assert dataset.groups is None and grouped.groups == ["food", "food", "animal", "animal"]
     values = pickle.loads((folder / "train").read_bytes())
     rows = np.flatnonzero(dataset.split == "train")
     found = dataset.decode(rows, 32).reshape(len(rows), -1).numpy()
