@@ -29,6 +29,7 @@ def photos() -> ImageDataset:
         Image.fromarray(draws.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(buffer, "JPEG")
         files.append(buffer.getvalue())
     labels = np.arange(ROWS) % 2
+    splits = ["train", "train", "test", "test"] * (ROWS // 4) + ["test"]
     return ImageDataset(
         "photos", files, labels, ["a", "b"], ["train", "train", "test", "test"] * (ROWS // 4) + ["test"]
     )
