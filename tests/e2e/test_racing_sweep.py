@@ -26,6 +26,7 @@ def test_beaten_settings_are_pruned_and_the_rest_goes_on(tmp_path: Path, shapes_
     write_study(
         tmp_path,
         shapes_parquet,
+        training={"epochs": 6},  # stages long enough for a setting to be stopped before it has finished
         orders={"tune": TUNE},
         search={"trials": TRIALS, "sampler": "random", "objective": {"across_orders": "mean"}},
         racing={"orders": True, "tasks": True, "grace_tasks": 1, "reduction_factor": 2},
