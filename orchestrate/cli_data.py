@@ -33,7 +33,8 @@ def check(
     from loda.datasets.inspection import inspect
     from orchestrate import show_data
 
-    values = inspect(dataset, pixels=not quick)
+    with show_data.reading() as progress:
+        values = inspect(dataset, pixels=not quick, progress=progress)
     _print(values) if as_json else show_data.check(values)
     if values["wrong"]:
         raise typer.Exit(1)

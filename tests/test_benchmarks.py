@@ -311,3 +311,10 @@ def test_the_race_replays_a_table_with_the_scheduler_of_sweeps(tmp_path: Path) -
         assert 0 < found["ratio"] < 1, name
         assert all(row["full_stages"] <= 12 * 4 * 3 + 4 * 3 for row in found["rows"]), name
     assert document["ratio"] == document["rules"]["orders and tasks"]["ratio"] < document["rules"]["orders"]["ratio"]
+
+
+def test_opening_a_folder_of_images_is_measured_against_reading_it(tmp_path: Path) -> None:
+    found = json.loads(run_script("image_folder.py", "--pairs", 1, "--json", folder=tmp_path))
+    assert found["images"] > 1000 and found["bytes"] > found["images"]
+    assert found["ratio"] == pytest.approx(found["opening_seconds"] / found["reading_seconds"])
+    assert found["ratio"] > 1, "opening reads every byte, too"

@@ -52,10 +52,22 @@ def list_cars(argument: str) -> Listing:
     names = [str(name) for name in tables["meta"]]
     files, labels, splits = [], [], []
     for split in ("train", "test"):
+        unknown = []
         for row in tables[split]:
+            label = str(row["class"])
+            if not (label.isascii() and label.isdigit() and 1 <= int(label) <= len(names)):
+                unknown.append(f"{row['fname']} has {label}")
+                continue
             files.append(f"cars_{split}/{row['fname']}")
-            labels.append(int(row["class"]) - 1)
+            labels.append(int(label) - 1)
             splits.append(split)
+        if unknown:
+            problems.append(
+                f"stream.dataset: cars: {str(found[split])!r}: classes must be from 1 to {len(names)}, as many as "
+                f"{_PLACES['meta'][0]} names, but {shown(unknown)}"
+            )
+    if problems:
+        raise ConfigError(problems)
     missing = [file for file in files if not (root / file).is_file()]
     wrong = [f"{len(missing)} annotated images aren't in {str(root)!r}: {shown(missing)}"] if missing else []
     return Listing(root.name, root, files, labels, splits, names, problems=wrong)

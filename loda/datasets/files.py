@@ -82,13 +82,16 @@ def why_unreadable(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def scan(read: Callable[[int], Any], rows: int, pixels: bool = False) -> list[Scanned]:
+def scan(
+    read: Callable[[int], Any], rows: int, pixels: bool = False, done: Callable[[int], None] | None = None
+) -> list[Scanned]:
     """Read each image once, in threads: hash its bytes and check its header (checksums where the format has them).
 
     Args:
         read: bytes or a buffer of a row.
         rows: how many there are.
         pixels: decode it too, which finds files that were cut off.
+        done: told after each image how many have been read.
 
     Returns:
         (rows,), in row order; a file that can't be read has the hash of nothing.
@@ -110,7 +113,12 @@ def scan(read: Callable[[int], Any], rows: int, pixels: bool = False) -> list[Sc
 
     # Reading and hashing release Python's lock; more threads than that only wait for each other.
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as threads:
-        return list(threads.map(one, range(rows)))
+        found = []
+        for image in threads.map(one, range(rows)):
+            found.append(image)
+            if done is not None:
+                done(len(found))
+        return found
 
 
 @dataclass(frozen=True)
@@ -143,10 +151,23 @@ class Listing:
 
 
 def image_files(folder: Path, ignored: Counter[str]) -> list[str]:
-    """Image files anywhere below a folder, as paths from it, sorted; others are counted by suffix in ``ignored``."""
+    """Image files anywhere below a folder, as paths from it, sorted; others are counted by suffix in ``ignored``.
+
+    Raises:
+        ConfigError: a folder can't be listed, or a link leads back to a folder that it lies in.
+    """
+
+    def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
+        raise ConfigError(f"stream.dataset: {str(error.filename)!r} can't be listed ({error.strerror})")
+
     found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        here = Path(place).resolve()
+        for name in folders:
+            link = Path(place) / name
+            if link.is_symlink() and here.is_relative_to(link.resolve()):
+                raise ConfigError(f"stream.dataset: {str(link)!r} is a link to a folder that it lies in; remove it")
         for name in names:
             suffix = Path(name).suffix.lower()
             if suffix in IMAGE_SUFFIXES and not name.startswith("."):

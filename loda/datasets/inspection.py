@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,13 @@ def detect(given: str) -> str:
     )
 
 
-def inspect(given: str, pixels: bool = True) -> dict[str, Any]:
+def inspect(given: str, pixels: bool = True, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
     """Everything about a data set that is worth knowing before a study.
 
     Args:
         given: a path or ``NAME:PATH``.
         pixels: decode every image; otherwise only headers (and checksums) are read.
+        progress: told after each image how many have been read, and of how many.
 
     Returns:
         ``dataset``: for a study; ``layout``; ``classes``; ``images``: a split; ``smallest``, ``largest``: class and
@@ -104,7 +105,8 @@ def inspect(given: str, pixels: bool = True) -> dict[str, Any]:
         labels, split, names = dataset.labels, dataset.split, dataset.class_names
         places = [dataset.describe(row) for row in range(len(dataset))]
         read = dataset.encoded
-    scanned = scan(read, len(labels), pixels)
+    total = len(labels)
+    scanned = scan(read, total, pixels, progress and (lambda count: progress(count, total)))
     counts = {part: np.bincount(labels[split == part], minlength=len(names)) for part in SPLITS}
     wrong += _class_problems(counts, names) + _image_problems(scanned, split, places)
     images = {part: int(counts[part].sum()) for part in SPLITS}

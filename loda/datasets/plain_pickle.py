@@ -115,7 +115,9 @@ class _Machine:
             _only(stack[-1], list).extend(items)
         elif code in ("SETITEMS", "SETITEM"):
             items = self._above_mark() if code == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
-            _only(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+            # Keys are texts and nothing else: hashing tuples of tuples of one tuple takes time without end.
+            keys = [_only(key, str) for key in items[::2]]
+            _only(stack[-1], dict).update(zip(keys, items[1::2], strict=True))
         elif code == "GLOBAL":
             if argument not in _NAMES:
                 raise _RefusedError(f"it asks for {argument!r}")
@@ -139,9 +141,7 @@ class _Machine:
     def result(self) -> dict[str, Any]:
         """The one dictionary that is left."""
         (found,) = self.stack
-        return {
-            str(key): value.values if isinstance(value, _Bytes) else value for key, value in _only(found, dict).items()
-        }
+        return {key: value.values if isinstance(value, _Bytes) else value for key, value in _only(found, dict).items()}
 
 
 def _only(value: Any, kind: type) -> Any:

@@ -15,6 +15,7 @@ import scipy.io
 from PIL import Image
 
 from loda.datasets import absolute_spec, load_dataset
+from loda.datasets.inspection import inspect
 from loda.datasets.plain_pickle import read_plain_pickle
 from loda.errors import ConfigError
 
@@ -208,3 +209,39 @@ def test_a_path_is_made_absolute_with_its_options(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert absolute_spec("folder:birds?test=val") == f"folder:{tmp_path}/birds?test=val"
     assert absolute_spec("alphabets") == "alphabets"
+
+
+def test_a_pickle_cannot_keep_the_reader_busy_without_end() -> None:
+    """A key of 60 tuples, each of the one before it twice: a few hundred bytes, 2 ** 60 steps to hash."""
+    pairs = b"".join(b"q" + bytes([depth]) + b"h" + bytes([depth]) + b"\x86" for depth in range(60))
+    with pytest.raises(ConfigError, match="a tuple where a str belongs"):
+        read_plain_pickle(b"\x80\x02}(K\x01" + pairs + b"K\x01u.", "endless")
+
+
+def test_a_link_that_leads_back_does_not_multiply_images(tmp_path: Path) -> None:
+    root = layout(tmp_path / "birds")
+    (root / "train/cat/again").symlink_to("..")
+    with pytest.raises(ConfigError, match=r"cat/again.*link"):
+        load_dataset(f"folder:{root}")
+
+
+def test_a_link_to_a_folder_elsewhere_is_followed(tmp_path: Path) -> None:
+    root, linked = layout(tmp_path / "birds"), tmp_path / "linked"
+    before = load_dataset(f"folder:{root}").digest
+    (root / "train/cat").rename(linked)
+    (root / "train/cat").symlink_to(linked)
+    assert load_dataset(f"folder:{root}").digest == before
+
+
+@pytest.mark.parametrize("label", [0, 3])
+def test_a_car_of_a_class_without_a_name_is_named(label: int, tmp_path: Path) -> None:
+    (tmp_path / "devkit").mkdir()
+    rows = np.empty((1, 2), dtype=[("class", object), ("fname", object)])
+    rows[0, 0], rows[0, 1] = (1, "00001.jpg"), (label, "00002.jpg")
+    for file in ("devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"):
+        scipy.io.savemat(tmp_path / file, {"annotations": rows})
+    names = {"class_names": np.array([["Acura", "Audi"]], dtype=object)}
+    scipy.io.savemat(tmp_path / "devkit/cars_meta.mat", names)
+    with pytest.raises(ConfigError, match=f"00002.jpg has {label}") as caught:
+        inspect(f"cars:{tmp_path}")
+    assert len(caught.value.problems) == 2, "both lists are named at once"
