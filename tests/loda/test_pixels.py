@@ -30,9 +30,7 @@ def photos() -> ImageDataset:
         files.append(buffer.getvalue())
     labels = np.arange(ROWS) % 2
     splits = ["train", "train", "test", "test"] * (ROWS // 4) + ["test"]
-    return ImageDataset(
-        "photos", files, labels, ["a", "b"], ["train", "train", "test", "test"] * (ROWS // 4) + ["test"]
-    )
+    return ImageDataset("photos", files, labels, ["a", "b"], np.array(splits))
 
 
 def test_pixels_are_those_of_decoding_in_any_order(photos: ImageDataset, tmp_path: Path) -> None:
