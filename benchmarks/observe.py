@@ -1,4 +1,4 @@
-"""What an observation pass, which records the second moments of the adapted layers' inputs, costs beyond a forward pass.
+"""What recording the second moments of the adapted layers' inputs costs beyond the forward pass that shows them.
 
     python benchmarks/observe.py                    # the bundled backbone's shape and DeiT-tiny's
     python benchmarks/observe.py --shapes vit_base --device cuda --precision bfloat16 --json
