@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loda.backbone import Backbone, Precision, build_backbone
+from loda.backbone import Backbone, Precision
 from loda.methods.loda import DOWN_SCALE, GAMMA_GENERAL, GAMMA_ISOLATED
+from loda.workbench import build_backbone
 
 SCALE, CLASSES = 20.0, 10
 ALL_LINEAR = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
