@@ -16,7 +16,7 @@ help:
 	@echo "make test     install, then all tests"
 	@echo "make lint     Ruff (lint and format) and mypy"
 	@echo "make format   Ruff's fixes and format, in place"
-	@echo "make bench    what the store, the training step and the platform cost beyond the work itself, and what sharing saves"
+	@echo "make bench    what the store, the training step, observation and the platform cost beyond the work itself, and what sharing saves"
 	@echo "make chaos    the tests that kill processes and damage files"
 	@echo "make audit    known vulnerabilities in the pinned versions (asks a public database)"
 	@echo "make clean    remove $(VENV) and caches; results and stages stay"
@@ -49,7 +49,8 @@ format: install
 
 bench: install
 	$(BIN)/python benchmarks/store.py
-	$(BIN)/python benchmarks/gao_step.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/observe.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/sharing.py
 

@@ -42,6 +42,7 @@ from step_shapes import (
     interleaved,
     plain_lora,
     ratio,
+    table,
 )
 from torch import Tensor, nn
 
@@ -195,15 +196,7 @@ def main() -> None:
         **{"pairs": args.pairs, "device": device_name(args.device), "threads": args.threads},
         **{"precision": args.precision, "torch": torch.__version__},
     }
-    if args.json:
-        print(json.dumps(document))
-        return
-    print(
-        f"{document['device']}, {args.precision}, {args.threads} threads, torch {torch.__version__}, {args.pairs} pairs"
-    )
-    print(f"{'':32}" + "".join(f"{name:>14}" for name in rows))
-    for key in next(iter(rows.values())):
-        print(f"{key:32}" + "".join(f"{row[key]:14.3f}" for row in rows.values()))
+    print(json.dumps(document) if args.json else table(document))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loda.backbone import Backbone, Precision, build_backbone
+from loda.backbone import Backbone, Precision
 from loda.methods.loda import DOWN_SCALE, GAMMA_GENERAL, GAMMA_ISOLATED
+from loda.timm_models import build_backbone
 
 SCALE, CLASSES = 20.0, 10
 ALL_LINEAR = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -108,6 +110,16 @@ def plain_lora(backbone: Backbone, rank: int) -> tuple[nn.Module, list[Tensor]]:
 def device_name(device: str) -> str:
     """What ran it, as a table should say."""
     return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def table(document: dict[str, Any]) -> str:
+    """A column for each shape."""
+    rows: dict[str, dict[str, float]] = document["rows"]
+    told = ("device", "precision", "torch", "threads", "pairs")
+    lines = [", ".join(f"{key} {document[key]}" for key in told), f"{'':32}" + "".join(f"{name:>14}" for name in rows)]
+    for key in next(iter(rows.values())):
+        lines.append(f"{key:32}" + "".join(f"{row[key]:14.3f}" for row in rows.values()))
+    return "\n".join(lines)
 
 
 def seconds(work: Callable[[], None], device: torch.device) -> float:

@@ -34,7 +34,7 @@ class _FusedBranches(torch.autograd.Function):
         scaled = torch._foreach_mul(ups, scales)
         up_Or = scaled[0] if len(scaled) == 1 else torch.cat(scaled, dim=1)
         x = x_base
-        if dtype != x.dtype:
+        if dtype != weight_OD.dtype:  # an input of autocast's type may meet weights that aren't
             x, weight_OD, down_rD, up_Or = x.to(dtype), weight_OD.to(dtype), down_rD.to(dtype), up_Or.to(dtype)
             bias_O = None if bias_O is None else bias_O.to(dtype)
         narrow = F.linear(x, down_rD)

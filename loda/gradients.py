@@ -81,10 +81,10 @@ class LossGradients:
     @staticmethod
     def _hook(total_OD: Tensor, reduce: Callable[[Tensor, Tensor], Tensor]):  # type: ignore[no-untyped-def]
         def watch(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x_BND = inputs[0].detach()
+            x_BND = inputs[0].detach().float()  # bfloat16 under autocast
 
             def add(gradient: Tensor) -> None:
-                total_OD.add_(reduce(x_BND, gradient.detach()))
+                total_OD.add_(reduce(x_BND, gradient.detach().float()))
 
             output.register_hook(add)
 

@@ -220,12 +220,21 @@ def test_the_page_on_the_comparison_has_the_tables_of_the_results(tmp_path: Path
     assert again.read_text(encoding="utf-8") == page
 
 
-def test_the_gao_step_reports_its_ratio_to_the_floor(tiny_study: Path, tmp_path: Path) -> None:
-    printed = run_script("gao_step.py", tiny_study, "--pairs", 3, "--batches", 2, "--json", folder=tmp_path)
-    measured = json.loads(printed)
-    assert measured["pairs"] == 3
-    assert measured["ratio"] > 0.5, "a step can't take much less than its own passes"
-    assert measured["gao_over_plain"] > 1, "four half passes cost more than one whole"
+def test_the_step_reports_its_ratios_to_the_floors(tmp_path: Path) -> None:
+    arguments = ("--shapes", "alphabet_vit", "--pairs", 3, "--batches", 2, "--json")
+    measured = json.loads(run_script("step.py", *arguments, folder=tmp_path))
+    row = measured["rows"]["alphabet_vit"]
+    assert measured["pairs"] == 3 and measured["device"] == "cpu"
+    assert measured["ratio"] == row["ratio"] > 0.5, "a step can't take much less than its own passes"
+    assert measured["lora_ratio"] == row["lora_ratio"] > 0.8
+    assert row["gao_over_plain"] > 1, "four half passes cost more than one whole"
+
+
+def test_observing_reports_its_ratio_to_a_forward_pass(tmp_path: Path) -> None:
+    arguments = ("--shapes", "alphabet_vit", "--pairs", 3, "--batches", 1)
+    measured = json.loads(run_script("observe.py", *arguments, "--json", folder=tmp_path))
+    assert measured["ratio"] == measured["rows"]["alphabet_vit"]["ratio"] > 0.8
+    assert "observation_milliseconds" in run_script("observe.py", *arguments, folder=tmp_path)
 
 
 def test_the_decompositions_are_compared_with_the_calls_that_they_make(tmp_path: Path) -> None:
