@@ -4,13 +4,46 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import optuna
 import sqlalchemy.exc
+from optuna.trial import FrozenTrial
 
 from loda.errors import ConfigError
 from orchestrate.study import SearchSettings
+
+
+class ReplayedCmaEsSampler(optuna.samplers.CmaEsSampler):
+    """CMA-ES from the trials themselves, without Optuna's pickles.
+
+    Optuna keeps the state of this sampler as a pickle in the storage and loads it for the next trial: whoever can write
+    the storage could have any program run. The state is a function of the generations told so far, so it is computed
+    anew from them, in microseconds; nothing is pickled and a pickle that lies there already is ignored. Trials that end
+    in their own order draw what Optuna's own sampler draws, up to rounding.
+    """
+
+    _completed: list[FrozenTrial]
+
+    def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> None:
+        self._completed = completed_trials  # Optuna then asks for a new one, below
+
+    def _init_optimizer(self, trans: Any, direction: optuna.study.StudyDirection) -> Any:
+        state = self._cma_rng.rng.get_state()
+        optimizer = super()._init_optimizer(trans, direction)
+        sign = 1 if direction == optuna.study.StudyDirection.MINIMIZE else -1
+        generation = self._generation(optimizer)
+        while len(generation) >= optimizer.population_size:
+            told = generation[: optimizer.population_size]
+            optimizer.tell([(trans.transform(trial.params), sign * trial.values[0]) for trial in told])
+            generation = self._generation(optimizer)
+        if self._get_solution_trials(self._completed, 1):
+            self._cma_rng.rng.set_state(state)  # Optuna's own draws a seed only while it has no state to go on from
+        return optimizer
+
+    def _generation(self, optimizer: Any) -> list[FrozenTrial]:
+        return self._get_solution_trials(self._completed, optimizer.generation)
 
 
 def search_problems(search: SearchSettings) -> list[str]:
@@ -36,7 +69,7 @@ def build_sampler(search: SearchSettings, conditional: bool, number: int) -> opt
         if search.sampler == "gp":
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
         if search.sampler == "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+            return ReplayedCmaEsSampler(seed=seed, warn_independent_sampling=False)
         if search.sampler == "nsga2":
             return optuna.samplers.NSGAIISampler(seed=seed, population_size=min(50, max(4, search.trials // 4)))
         # group: parameters that are active together are modelled together; without it a conditional space falls
