@@ -1,4 +1,4 @@
-"""CMA-ES without pickles: the same draws as Optuna's own sampler, from the trials alone, whatever lies in the storage."""
+"""CMA-ES without pickles: the draws of Optuna's own sampler from the trials alone, whatever the storage holds."""
 
 from __future__ import annotations
 

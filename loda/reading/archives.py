@@ -1,0 +1,92 @@
+"""Compressed containers that other libraries read: what they unpack to is bounded before those libraries see them."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from loda.reading.plain import ReadingError, plain_file_size, read_bytes
+from loda.reading.tables import most_decoded
+
+_ENTRIES = 100_000
+_MAT_BYTES = 2**26  # of a table of file names and labels; that of Stanford Cars has 0.6 MB
+_MAT_HEADER, _MAT_TAG, _MAT_COMPRESSED = 128, 8, 15
+
+
+def check_archive(path: str | Path) -> None:
+    """Whether a zip archive of arrays (``.npz``) or of torch's tensors unpacks to a bounded size.
+
+    Another file than a zip archive passes: its reader says what it is.
+
+    Raises:
+        ReadingError: it declares more than 256 MiB and 32 times its size, or an array of Python objects or of more
+            values than its entry holds.
+        OSError: it can't be opened.
+    """
+    bound = most_decoded(plain_file_size(path))
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            total = sum(entry.file_size for entry in entries)
+            if len(entries) > _ENTRIES or total > bound:
+                raise ReadingError(f"{len(entries):,} entries of {total:,} bytes in all, expected at most {bound:,}")
+            for entry in entries:
+                if entry.filename.endswith(".npy"):
+                    _check_array(archive, entry)
+    except ReadingError:
+        raise
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        raise ReadingError(f"a damaged archive: {error}") from error
+
+
+def _check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in readers:
+            raise ReadingError(f"{entry.filename!r}: version {version} of NumPy's format, expected 1.0 or 2.0")
+        shape, _, kind = readers[version](file)
+    if kind.hasobject:
+        raise ReadingError(f"{entry.filename!r} holds Python objects, which would have to be unpickled; expected numbers")
+    if math.prod(shape) * kind.itemsize > entry.file_size:
+        raise ReadingError(f"{entry.filename!r} declares the shape {str(shape)[:80]}, more than it holds")
+
+
+def check_mat(path: str | Path) -> None:
+    """Whether a MATLAB 5 file unpacks to at most 256 MiB; another file passes, its reader says what it is.
+
+    Raises:
+        ReadingError: larger than 64 MiB, or it unpacks to too much, or is damaged.
+        OSError: it can't be opened.
+    """
+    content = memoryview(read_bytes(path, _MAT_BYTES))
+    if bytes(content[:6]) != b"MATLAB":
+        return
+    order = "big" if bytes(content[126:128]) == b"MI" else "little"
+    left, at = most_decoded(len(content)), _MAT_HEADER
+    while at + _MAT_TAG <= len(content):
+        kind, size = (int.from_bytes(content[at + place : at + place + 4], order) for place in (0, 4))
+        at += _MAT_TAG
+        if kind == _MAT_COMPRESSED:
+            left -= _unpacked(content[at : at + size], left)
+        at += size
+
+
+def _unpacked(packed: memoryview, most: int) -> int:
+    """Bytes that a zlib stream unpacks to, a piece at a time."""
+    stream, total, rest = zlib.decompressobj(), 0, bytes(packed)
+    try:
+        while rest and not stream.eof:
+            total += len(stream.decompress(rest, 2**20))
+            rest = stream.unconsumed_tail
+            if total > most:
+                raise ReadingError(f"unpacks to more than {most:,} bytes")
+    except zlib.error as error:
+        raise ReadingError(f"damaged: {error}") from error
+    return total
