@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import ValidationError
 
 from loda.errors import ConfigError
 from loda.graph import StepNode, sequence_nodes
 from loda.metrics import AccuracySummary, accuracy_matrix_summary
+from loda.reading import ReadingError, read_yaml
 from loda.settings import RunSettings
 from loda.stage import run_step
 from loda.state import Artifact
@@ -69,14 +69,14 @@ def load_run_settings(source: RunSettings | Mapping[str, Any] | str | Path | Non
         if not path.is_file():
             raise ConfigError(f"no study file {str(path)!r}")
         try:
-            values = yaml.safe_load(path.read_bytes()) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+            values = read_yaml(path) or {}
+        except (ReadingError, OSError) as error:
+            raise ConfigError(f"{path}: {error}") from error
         if not isinstance(values, Mapping):
             raise ConfigError(f"{path}: expected a mapping of sections, but got {type(values).__name__}")
     platform = {"name", "orders", "search", "resources", "tracking", "racing", "robustness"}
     try:
-        return RunSettings(**{key: value for key, value in values.items() if key not in platform})
+        return RunSettings(**{str(key): value for key, value in values.items() if key not in platform})
     except ValidationError as error:
         raise ConfigError(
             [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]

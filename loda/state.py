@@ -12,9 +12,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from loda.errors import StageError
+from loda.reading import ReadingError, parse_json, parse_safetensors
 
 TENSORS_FILE = "tensors.safetensors"
 META_FILE = "meta.json"
@@ -92,12 +92,12 @@ class Artifact:
         """
         try:
             document = parse_meta(files[META_FILE])
-            tensors = safetensors.torch.load(files[TENSORS_FILE])
+            tensors = parse_safetensors(files[TENSORS_FILE])
             artifact = cls.__new__(cls)  # the tensors were just made for this object: no second copy
             artifact._set(tensors, _as_json(document["meta"], "meta"), _as_seconds(document["timings"]))
         except KeyError as error:
             raise StageError(f"{error.args[0]} is missing; expected {TENSORS_FILE} and {META_FILE}") from error
-        except (SafetensorError, ValueError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise StageError(f"{TENSORS_FILE} or {META_FILE} can't be read: {error}") from error
         if artifact.digest != document["digest"]:
             raise StageError(f"digest {artifact.digest} differs from {document['digest']}, written in {META_FILE}")
@@ -120,11 +120,15 @@ def parse_meta(content: bytes) -> dict[str, Any]:
         StageError: not a JSON object with these three keys.
     """
     try:
-        document = json.loads(content)
-    except ValueError as error:
+        document = parse_json(content)
+    except ReadingError as error:
         raise StageError(f"{META_FILE} can't be read: {error}") from error
     if not isinstance(document, dict) or set(document) != {"digest", "meta", "timings"}:
         raise StageError(f"{META_FILE} must be an object with the keys digest, meta and timings")
+    if not isinstance(document["meta"], dict) or not isinstance(document["timings"], dict):
+        raise StageError(f"{META_FILE} must have mappings under meta and timings")
+    if not isinstance(document["digest"], str):
+        raise StageError(f"{META_FILE} must have a text under digest")
     return document
 
 

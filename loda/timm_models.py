@@ -10,16 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loda.backbone import Backbone, InputSpec
 from loda.errors import ConfigError
+from loda.reading import ReadingError, check_archive, load_safetensors
 from loda.seeds import derive_seed
 from loda.vision import resample_abs_pos_embed, timm
 
 BUNDLED = "alphabet_vit"
 SAFETENSORS, NUMPY = ".safetensors", ".npz"
+# Arguments of timm.create_model that name files, addresses or other code than the model's.
+_NOT_OPTIONS = frozenset(
+    "checkpoint_path pretrained pretrained_cfg pretrained_cfg_overlay pretrained_custom_load pretrained_filter_fn "
+    "pretrained_strict cache_dir model_name exportable no_jit scriptable".split()
+)
 TORCH = (".pth", ".pt", ".bin", ".tar")  # timm reads them with torch's weights_only, which builds nothing but tensors
 
 
@@ -84,6 +89,11 @@ def build_backbone(
             target layer that the model doesn't call as a layer.
     """
     options = dict(options or {})
+    if wrong := sorted(_NOT_OPTIONS & set(options)):
+        raise ConfigError(
+            f"backbone.options: {', '.join(wrong)}: not for a study, which names files by backbone.weights only; "
+            "options are arguments of the model itself, such as patch_size"
+        )
     if name == BUNDLED:
         config = _bundled_config()
         architecture = {**config["architecture"], **options}
@@ -93,7 +103,10 @@ def build_backbone(
         if size % patch:
             raise ConfigError(f"backbone.image_size: expected a multiple of the patch size {patch}, but got {size}")
         architecture["img_size"] = size
-        model: nn.Module = timm.models.VisionTransformer(**architecture)
+        try:
+            model: nn.Module = timm.models.VisionTransformer(**architecture)
+        except Exception as error:
+            raise ConfigError(f"backbone.options: {name} can't be built with {options}: {_short(error)}") from error
         inputs = InputSpec(size, int(architecture["in_chans"]), tuple(config["mean"]), tuple(config["std"]))
         rebuild = {"architecture": "VisionTransformer", "options": architecture}
         if file != "random":
@@ -163,8 +176,8 @@ def _existing(file: str) -> Path:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except Exception as error:
+        return load_safetensors(path)
+    except (ReadingError, OSError) as error:
         raise ConfigError(f"backbone.weights: {str(path)!r} is not a readable safetensors file ({error})") from error
 
 
@@ -234,6 +247,11 @@ def _from_file(name: str, path: Path, build: Mapping[str, Any]) -> nn.Module:
         known = ", ".join((SAFETENSORS, NUMPY, *TORCH))
         raise ConfigError(f"backbone.weights: expected a file of one of the kinds {known}, but got {str(path)!r}")
     state = _read_safetensors(path) if suffix == SAFETENSORS else None
+    if state is None:
+        try:
+            check_archive(path)
+        except (ReadingError, OSError) as error:
+            raise ConfigError(f"backbone.weights: {str(path)!r} is refused: {error}") from error
     # The original ViTs' arrays have a layout of their own, which the model reads itself.
     overlay = {"file": str(path), "custom_load": suffix == NUMPY}
     try:

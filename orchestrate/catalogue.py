@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loda.errors import ConfigError
+from orchestrate.records import read_record
 
 
 def method_rows() -> list[dict[str, Any]]:
@@ -62,10 +63,10 @@ def _run_row(folder: Path) -> dict[str, Any]:
         return row | {"state": "unreadable study.yaml"}
     summary = folder / "summary.json"
     if summary.is_file():
-        values = json.loads(summary.read_bytes())
+        values = read_record(summary, ("a_last", "a_avg"))
         row |= {"state": "finished", "a_last": values["a_last"]["mean"], "a_avg": values["a_avg"]["mean"]}
     elif (folder / "robustness.json").is_file():
-        values = json.loads((folder / "robustness.json").read_bytes())
+        values = read_record(folder / "robustness.json", ("spread", "baseline", "completeness", "variants"))
         baseline = values["spread"].get(values["baseline"], {})
         row |= {key: baseline[key]["mean"] for key in ("a_last", "a_avg") if key in baseline}
         if values["completeness"]["complete"]:
@@ -103,7 +104,7 @@ def export_study(folder: Path, directory: Path, order: str | None) -> dict[str, 
     summary = folder / "summary.json"
     if not summary.is_file():
         raise ConfigError(f"{study.name} has no result yet; `orchestrate resume {study.name}` goes on")
-    settings = json.loads(summary.read_bytes()).get("best", {}).get("settings", {})
+    settings = read_record(summary).get("best", {}).get("settings", {})
     session = open_session(study, search=False)
     works = {work.name: work for work in session.evaluate_orders}
     name = order or next(iter(works))
@@ -125,7 +126,7 @@ def experiment_of(study: str | None, store_uri: str) -> str | None:
     if study is not None and not chosen:
         raise ConfigError(f"--study: no finished study {study!r} in runs/")
     for file in reversed(chosen):
-        mlflow = json.loads(file.read_bytes()).get("mlflow", {})
+        mlflow = read_record(file).get("mlflow", {})
         if mlflow.get("uri") == store_uri:
             return str(mlflow["experiment_id"])
     return None

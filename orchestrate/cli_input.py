@@ -42,8 +42,7 @@ def load_changed(source: str | None, changes: list[str] | None, no_sharing: bool
     Raises:
         ConfigError: a bad file or change.
     """
-    import yaml
-
+    from loda.reading import ReadingError, parse_yaml
     from orchestrate.study import load_study
 
     study = load_study(source)
@@ -54,8 +53,8 @@ def load_changed(source: str | None, changes: list[str] | None, no_sharing: bool
             problems.append(f"--set {change}: expected KEY=VALUE, for example training.lr=0.1")
             continue
         try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            values[key] = parse_yaml(text)
+        except ReadingError:
             problems.append(f"--set {change}: {text!r} is not a YAML value")
     if problems:
         raise ConfigError(problems)

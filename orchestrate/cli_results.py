@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -56,6 +55,7 @@ def show_(study: NameArgument = None, as_json: Json = False) -> None:
     Example: `orchestrate show alphabets`
     """
     from orchestrate import show
+    from orchestrate.records import read_record
     from orchestrate.session import read_run_study
 
     folder = _run_folder(study)
@@ -64,7 +64,7 @@ def show_(study: NameArgument = None, as_json: Json = False) -> None:
     if not files:
         command = f"orchestrate resume {found.name}"
         raise ConfigError(f"{found.name} has no result yet: it was interrupted or failed; `{command}` goes on")
-    values = json.loads(files[0].read_bytes())
+    values = read_record(files[0])
     if as_json:
         _print(values)
     else:

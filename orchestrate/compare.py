@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import pandas as pd
 
 from loda.errors import ConfigError
 from orchestrate.measurements import flat_params
+from orchestrate.records import read_record, read_table
 from orchestrate.robustness.analysis import COMPARED, Questions, differences, left_out, spreads
 from orchestrate.robustness.tidy import METRICS, Design, Scores, score_orders
 from orchestrate.robustness.variants import make_questions
@@ -52,11 +52,11 @@ def read_finished(folder: Path) -> Finished:
     record = folder / "stream.json"
     again = "the same command again computes nothing that is stored"
     if (folder / "robustness.json").is_file():
-        frame = pd.read_parquet(folder / "robustness.parquet")
-        values = json.loads((folder / "robustness.json").read_bytes())
+        frame = read_table(folder / "robustness.parquet")
+        values = read_record(folder / "robustness.json", ("variants", "baseline"))
         settings, baseline = tuple(values["variants"]), str(values["baseline"])
     elif (folder / "summary.json").is_file():
-        table = pd.read_parquet(folder / "results.parquet")
+        table = read_table(folder / "results.parquet", ("trial", "split"))
         chosen = table[(table["trial"] == CHOSEN) & (table["split"] == "test")]
         frame = chosen.assign(setting=CHOSEN, zero_shot=float("nan"), baseline=float("nan"))
         settings, baseline = (CHOSEN,), CHOSEN
@@ -64,7 +64,7 @@ def read_finished(folder: Path) -> Finished:
         raise ConfigError(f"{folder}: no result yet: it was interrupted or failed; {again}")
     if not record.is_file():
         raise ConfigError(f"{record}: no such file, but orders are matched by it; {again}")
-    stream = json.loads(record.read_bytes())
+    stream = read_record(record, ("data_digest", "orders"))
     return Finished(folder, study, frame, settings, baseline, stream["data_digest"], stream["orders"])
 
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from loda.errors import ConfigError
+from loda.reading import ReadingError, read_yaml
 from orchestrate.designs import Order, Orders, two_sides
 
 
@@ -20,8 +19,8 @@ def orders_from_file(path: Path, tasks: int, tune: int, evaluate: int, task_name
     """
     where = f"orders.file {str(path)!r}"
     try:
-        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))  # JSON is YAML, too
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(path.expanduser())  # JSON is YAML, too
+    except (OSError, ReadingError) as error:
         raise ConfigError(f"{where} can't be read: {error}") from error
     if isinstance(content, list):
         parts = {"list": content}

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ import pandas as pd
 
 from loda.errors import ConfigError
 from loda.metrics import AccuracySummary, accuracy_matrix_summary
+from orchestrate.records import read_record, read_table
 from orchestrate.session import Session, read_run_study
 from orchestrate.study import Study
 
@@ -191,21 +191,11 @@ def _read_comparison(data: ReportData, values: Mapping[str, Any]) -> None:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path} can't be read: {error}; remove it, and run its command again") from error
+    return read_record(path) if path.is_file() else None
 
 
 def _table(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        return pd.DataFrame()
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise ConfigError(f"{path} can't be read: {error}; remove it, and run the study's command again") from error
+    return read_table(path) if path.is_file() else pd.DataFrame()
 
 
 def _search(folder: Path, name: str) -> optuna.Study | None:

@@ -17,6 +17,7 @@ from ray.tune.result import TRAINING_ITERATION
 from ray.tune.search.optuna import OptunaSearch
 
 from loda.errors import ConfigError
+from loda.reading import read_json
 from orchestrate.objective import objective_directions, objective_labels
 from orchestrate.sampler import build_sampler, open_storage, search_problems
 from orchestrate.space import SearchSpace
@@ -259,7 +260,7 @@ class StudySearcher(OptunaSearch):
         Path(checkpoint_path).write_text(json.dumps({"numbers": self._numbers}), encoding="utf-8")
 
     def restore(self, checkpoint_path: str) -> None:
-        self._adopt(json.loads(Path(checkpoint_path).read_text(encoding="utf-8"))["numbers"])
+        self._adopt(read_json(checkpoint_path)["numbers"])
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune pickles the searcher with its own state; connections and samplers are opened anew.

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from loda.datasets import absolute_spec
 from loda.distributed import WorkerGroup
 from loda.errors import ConfigError
 from loda.graph import StepNode
 from loda.methods import build_method
+from loda.reading import ReadingError, inside, read_bytes, read_yaml
 from loda.workbench import Workbench, canonical_digest, open_workbench
 from orchestrate.cluster import resource_problems
 from orchestrate.objective import objective_directions
@@ -223,7 +222,10 @@ def read_command(folder: Path) -> str:
     """Which command worked on a run folder last."""
     file = folder / "command"
     if file.is_file():
-        return file.read_text(encoding="utf-8").strip()
+        try:
+            return read_bytes(inside(folder, file), 1024).decode("ascii").strip()
+        except (ReadingError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} can't be read: {error}; remove it") from error
     return "sweep" if (folder / "optuna.db").is_file() else "run"  # a folder of an older version
 
 
@@ -241,7 +243,11 @@ def read_run_study(folder: Path) -> Study:
             sorted(path.parent.name for path in folder.parent.glob("*/study.yaml")) if folder.parent.is_dir() else []
         )
         raise ConfigError(f"no study {folder.name!r} in {folder.parent} (there: {', '.join(known) or 'none yet'})")
-    return parse_study(yaml.safe_load(file.read_bytes()), str(file))
+    try:
+        values = read_yaml(inside(folder, file))
+    except (ReadingError, OSError) as error:
+        raise ConfigError(f"{file} can't be read: {error}") from error
+    return parse_study(values, str(file))
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

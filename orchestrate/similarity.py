@@ -16,6 +16,7 @@ from torch import Tensor
 from loda.classifier import ClassStatistics
 from loda.distributed import WorkerGroup
 from loda.errors import ConfigError
+from loda.reading import inside, read_json
 from loda.workbench import Workbench, canonical_digest
 
 Measure = Literal["class_means", "second_moments"]
@@ -57,13 +58,13 @@ def task_similarity(bench: Workbench, measure: Measure, folder: Path) -> TaskSim
     names = tuple(task.name for task in bench.tasks)
     if file.is_file():
         try:
-            saved = json.loads(file.read_bytes())
+            saved = read_json(inside(folder, file))
             if saved["key"] == key:
                 matrix_TT = np.asarray(saved["matrix"], dtype=np.float64)
                 if matrix_TT.shape == (len(names), len(names)) and np.isfinite(matrix_TT).all():
                     return TaskSimilarity(measure, key, names, matrix_TT)
                 raise ValueError(f"its matrix has shape {matrix_TT.shape}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise ConfigError(f"{file} can't be read: {error}; remove it, and it is computed again") from error
     return TaskSimilarity(measure, key, names, compute_similarity(bench, measure))
 

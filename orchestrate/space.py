@@ -8,11 +8,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loda.errors import ConfigError
 from loda.methods import registry
+from loda.reading import DOCUMENT_BYTES, ReadingError, parse_yaml, read_bytes
 from orchestrate.parameter import Parameter, is_switch, same, shown
 from orchestrate.space_checks import name_problems, nearest, point_problems, sentences, when_problems
 
@@ -186,7 +186,7 @@ def load_space(source: str | Path) -> SearchSpace:
     """
     name, path = str(source), Path(source)
     if path.is_file():
-        text = path.read_bytes()
+        text = None
     elif name in bundled_spaces():
         text = (resources.files("search_spaces") / f"{name}.yaml").read_bytes()
     else:
@@ -195,9 +195,9 @@ def load_space(source: str | Path) -> SearchSpace:
             f"search.space: no search space or file {name!r}{nearest(name, known)} (bundled: {', '.join(known)})"
         )
     try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name}: not valid YAML: {error}") from error
+        values = parse_yaml(read_bytes(path, DOCUMENT_BYTES) if text is None else text)
+    except (ReadingError, OSError) as error:
+        raise ConfigError(f"{name}: {error}") from error
     return parse_space(values, name)
 
 

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from loda.errors import ConfigError
+from loda.reading import DOCUMENT_BYTES, ReadingError, parse_yaml, read_bytes
 from loda.settings import RunSettings, Section, Seed
 from orchestrate.order_settings import LATER_KEYS, OrderSettings
 from orchestrate.robustness.settings import RobustnessSettings
@@ -257,7 +258,7 @@ def load_study(source: str | Path | None = None) -> Study:
     name = str(source) if source is not None else DEFAULT_STUDY
     path = Path(name)
     if path.is_file():
-        text = path.read_bytes()
+        text = None
     elif name in bundled_studies():
         text = (resources.files("orchestrate") / "studies" / f"{name}.yaml").read_bytes()
     else:
@@ -266,7 +267,7 @@ def load_study(source: str | Path | None = None) -> Study:
         known = ", ".join(bundled_studies())
         raise ConfigError(f"no study file {name!r}; {hint}Give a YAML file or one of the bundled studies ({known})")
     try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name}: not valid YAML: {error}") from error
+        values = parse_yaml(read_bytes(path, DOCUMENT_BYTES) if text is None else text)
+    except (ReadingError, OSError) as error:
+        raise ConfigError(f"{name}: {error}") from error
     return parse_study(values if values is not None else {}, name)

@@ -10,6 +10,7 @@ from loda.datasets.files import Listing
 from loda.datasets.folders import list_folder
 from loda.datasets.spec import parse_source
 from loda.errors import ConfigError
+from loda.reading import ReadingError, check_mat, plain_name
 
 # Where the files are in the archives of its authors, and where torchvision's StanfordCars wants them.
 _PLACES = {
@@ -55,6 +56,10 @@ def list_cars(argument: str) -> Listing:
         unknown = []
         for row in tables[split]:
             label = str(row["class"])
+            try:
+                plain_name(str(row["fname"]))
+            except ReadingError as error:
+                raise ConfigError(f"stream.dataset: cars: {str(found[split])!r}: {error}") from error
             if not (label.isascii() and label.isdigit() and 1 <= int(label) <= len(names)):
                 unknown.append(f"{row['fname']} has {label}")
                 continue
@@ -78,6 +83,7 @@ def _mat(file: Path, variable: str) -> Any:
     from scipy.io import loadmat
 
     try:
+        check_mat(file)
         values = loadmat(file, squeeze_me=True, variable_names=[variable])[variable].reshape(-1)
     except Exception as error:  # damaged files raise almost anything
         reason = f"{type(error).__name__}: {error}"

@@ -12,11 +12,13 @@ from loda.datasets.base import SPLITS, ImageDataset
 from loda.datasets.plain_pickle import read_plain_pickle
 from loda.datasets.spec import parse_source
 from loda.errors import ConfigError
+from loda.reading import ReadingError, open_tar, read_bytes
 
 FOLDER = "cifar-100-python"
 MEMBERS = (*SPLITS, "meta")
 SIDE = 32
 _MOST_BYTES = 2**29  # of one file: the published training batch has 155 MB
+_MOST_UNPACKED = 2**30  # of all
 # A raw picture that Pillow opens: the bytes depend on no compressor's version, so neither does the digest.
 _HEADER = f"P6 {SIDE} {SIDE} 255\n".encode()
 
@@ -76,17 +78,20 @@ def _members(path: Path) -> dict[str, bytes]:
                 f"stream.dataset: cifar100: no {' and no '.join(missing)} in {str(folder)!r}; expected the files "
                 f"{', '.join(MEMBERS)} of the folder {FOLDER} (the 'python version' of CIFAR-100)"
             )
-        return {name: (folder / name).read_bytes() for name in MEMBERS}
+        try:
+            return {name: read_bytes(folder / name, _MOST_BYTES) for name in MEMBERS}
+        except (OSError, ReadingError) as error:
+            raise ConfigError(f"stream.dataset: cifar100: {str(folder)!r}: a file can't be read ({error})") from error
     found = {}
     try:
-        with tarfile.open(path) as archive:
+        with open_tar(path, _MOST_UNPACKED) as archive:
             for name in MEMBERS:
                 entry = archive.getmember(f"{FOLDER}/{name}")
                 file = archive.extractfile(entry) if entry.isfile() and entry.size <= _MOST_BYTES else None
                 if file is None:
                     raise KeyError(f"{FOLDER}/{name} is no plain file of a fitting size")
                 found[name] = file.read()
-    except (tarfile.TarError, OSError, EOFError, KeyError) as error:
+    except (tarfile.TarError, OSError, EOFError, KeyError, ValueError) as error:
         raise ConfigError(
             f"stream.dataset: cifar100: {str(path)!r} can't be read as the archive of {FOLDER} "
             f"({str(error.args[0]) if error.args else error}); get it again, or give the unpacked folder"

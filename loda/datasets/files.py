@@ -16,9 +16,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from loda.errors import ConfigError
+from loda.reading import read_bytes
 
 # Those of torchvision's ImageFolder, so that a folder gives the same images here and there.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+MOST_BYTES = 2**28  # of an encoded image
 
 
 class Scanned(NamedTuple):
@@ -58,9 +61,9 @@ class FileImages:
 
         Raises:
             OSError: it can't be read.
-            ValueError: its content isn't what :meth:`expect` was told.
+            ValueError: its content isn't what :meth:`expect` was told, or it is no plain file or too large.
         """
-        data = (self.root / self.files[row]).read_bytes()
+        data = read_bytes(self.root / self.files[row], MOST_BYTES)
         # Keys of stages hold the content as it was when the data set was opened; other content must not go under them.
         if self._expected is not None and hashlib.sha256(data).digest() != self._expected[row]:
             raise ValueError("the file changed after the data set was opened")

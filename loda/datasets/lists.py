@@ -9,9 +9,11 @@ from loda.datasets.base import SPLITS, shown
 from loda.datasets.files import Listing
 from loda.datasets.spec import Source, parse_source
 from loda.errors import ConfigError
+from loda.reading import ReadingError, read_bytes
 
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 Line = tuple[str, int]
+_MOST_BYTES = 2**28  # of a list: three million lines
 
 
 def list_lists(argument: str) -> Listing:
@@ -62,10 +64,10 @@ def list_domainnet(argument: str) -> Listing:
 def _read_list(file: Path, remedy: str) -> tuple[list[Line], list[str]]:
     """Its lines as (path, label), and what is wrong with them."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_bytes(file, _MOST_BYTES).decode()
     except FileNotFoundError:
         return [], [f"no list {str(file)!r}; put it there, or {remedy}"]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ReadingError, UnicodeDecodeError) as error:
         return [], [f"{str(file)!r} can't be read as text ({error})"]
     found, wrong = [], []
     for number, line in enumerate(text.splitlines(), 1):
@@ -127,7 +129,13 @@ def _chosen(source: Source, names: dict[int, str]) -> list[int]:
     if file is None:
         return list(names)
     by_name = {name: label for label, name in names.items()}
-    wanted = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = read_bytes(file, _MOST_BYTES).decode()
+    except (OSError, ReadingError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"stream.dataset: {source.name}: classes={file.name}: not readable as text ({error})"
+        ) from error
+    wanted = [line.strip() for line in text.splitlines() if line.strip()]
     found = [by_name.get(text, int(text) if text.isascii() and text.isdigit() else -1) for text in wanted]
     unknown = [text for text, label in zip(wanted, found) if label not in names]
     problems = []

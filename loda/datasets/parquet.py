@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from loda.datasets.base import ImageDataset, shown
 from loda.errors import ConfigError
+from loda.reading import ReadingError, parquet_schema, read_parquet
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -53,17 +53,17 @@ def load_parquet(path: str | Path, *, task_column: str | None = None, name: str 
     if not path.is_file():
         raise ConfigError(f"dataset: no file {str(path)!r}; give an existing Parquet file as parquet:PATH")
     try:
-        schema = pq.read_schema(path)
-    except (pa.ArrowException, OSError) as error:
+        schema = parquet_schema(path)
+    except (ReadingError, OSError) as error:
         raise ConfigError(f"dataset: {str(path)!r} can't be read as Parquet ({error})") from error
     wanted = dict(_COLUMNS)
     if task_column is not None or "task" in schema.names:
         wanted[task_column or "task"] = (_is_text, "text, one task a class")
     _check_schema(path, schema, wanted)
     try:
-        table = pq.read_table(path, columns=list(wanted))
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"dataset: {str(path)!r} is damaged ({error}); copy it anew") from error
+        table = read_parquet(path, list(wanted))
+    except (ReadingError, OSError) as error:
+        raise ConfigError(f"dataset: {str(path)!r} can't be read ({error}); damaged? Then copy it anew") from error
     return _dataset_of(table, name or path.name, [c for c in wanted if c not in _COLUMNS])
 
 

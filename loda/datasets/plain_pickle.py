@@ -62,7 +62,7 @@ def read_plain_pickle(data: bytes, name: str) -> dict[str, Any]:
         ConfigError: damaged, or it has an instruction that such a file doesn't need; nothing of it was executed.
     """
     position: int | None = 0
-    machine = _Machine()
+    machine = _Machine(len(data))
     try:
         for opcode, argument, position in pickletools.genops(data):  # noqa: B007 - the place is for the message
             machine.step(opcode.name, argument)
@@ -80,9 +80,15 @@ def read_plain_pickle(data: bytes, name: str) -> dict[str, Any]:
 class _Machine:
     """The stack and memo of a pickle, for plain values."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int) -> None:
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self._left = most_bytes  # that calls may make of texts: more than there are takes the same text twice
+
+    def _spend(self, text: Any) -> None:
+        self._left -= len(text) if isinstance(text, str) else 0
+        if self._left < 0:
+            raise _RefusedError("more bytes than the file has")
 
     def step(self, code: str, argument: Any) -> None:
         """Carry out one instruction, or refuse it."""
@@ -124,9 +130,12 @@ class _Machine:
             stack.append(_Name(argument))
         elif code == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
+            self._spend(arguments[0])
             stack.append(_call(function, arguments))
         elif code == "BUILD":
             state = stack.pop()
+            if isinstance(state, tuple):
+                self._spend(state[-1])
             _build(stack[-1], state)
         else:
             raise _RefusedError(f"instruction {code}")

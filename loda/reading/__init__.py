@@ -5,7 +5,7 @@ here either gives a plain value or raises :class:`ReadingError`, in time and mem
 is ever unpickled, no name leads out of its folder, and sizes that a file declares are checked before they are believed.
 """
 
-from loda.reading.archives import check_archive, check_mat
+from loda.reading.archives import check_archive, check_mat, open_tar
 from loda.reading.plain import (
     DOCUMENT_BYTES,
     RECORD_BYTES,
@@ -17,7 +17,7 @@ from loda.reading.plain import (
     read_json,
     relative_name,
 )
-from loda.reading.tables import read_frame, read_parquet
+from loda.reading.tables import parquet_schema, read_frame, read_parquet
 from loda.reading.tensors import load_safetensors, parse_safetensors
 from loda.reading.yaml_documents import parse_yaml, read_yaml
 
@@ -29,6 +29,8 @@ __all__ = [
     "check_mat",
     "inside",
     "load_safetensors",
+    "open_tar",
+    "parquet_schema",
     "parse_json",
     "parse_safetensors",
     "parse_yaml",

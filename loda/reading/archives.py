@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import math
+import tarfile
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -53,9 +60,48 @@ def _check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
             raise ReadingError(f"{entry.filename!r}: version {version} of NumPy's format, expected 1.0 or 2.0")
         shape, _, kind = readers[version](file)
     if kind.hasobject:
-        raise ReadingError(f"{entry.filename!r} holds Python objects, which would have to be unpickled; expected numbers")
+        raise ReadingError(
+            f"{entry.filename!r} holds Python objects, which would have to be unpickled; expected numbers"
+        )
     if math.prod(shape) * kind.itemsize > entry.file_size:
         raise ReadingError(f"{entry.filename!r} declares the shape {str(shape)[:80]}, more than it holds")
+
+
+@contextmanager
+def open_tar(path: str | Path, most: int) -> Iterator[tarfile.TarFile]:
+    """A tar archive, packed or not, of which no more than ``most`` bytes are ever unpacked; for reading members.
+
+    Raises:
+        ReadingError: while it is read, once it comes to more.
+        OSError, tarfile.TarError: it can't be opened, or is no archive.
+    """
+    plain_file_size(path)
+    with Path(path).open("rb") as file:
+        magic = file.read(6)
+    openers: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+    opener = next((one for start, one in openers.items() if magic.startswith(start)), open)
+    with opener(path, "rb") as content, tarfile.open(fileobj=_Bounded(content, most), mode="r:") as archive:  # type: ignore[call-overload]
+        yield archive
+
+
+class _Bounded:
+    """A file up to a position; reading or seeking beyond it raises."""
+
+    def __init__(self, file: IO[bytes], most: int) -> None:
+        self._file, self._most = file, most
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, count: int = -1) -> bytes:
+        if count < 0 or self.tell() + count > self._most:
+            raise ReadingError(f"unpacks to more than {self._most:,} bytes")
+        return self._file.read(count)
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        if whence != 0 or position > self._most:
+            raise ReadingError(f"unpacks to more than {self._most:,} bytes")
+        return self._file.seek(position)
 
 
 def check_mat(path: str | Path) -> None:
@@ -68,7 +114,7 @@ def check_mat(path: str | Path) -> None:
     content = memoryview(read_bytes(path, _MAT_BYTES))
     if bytes(content[:6]) != b"MATLAB":
         return
-    order = "big" if bytes(content[126:128]) == b"MI" else "little"
+    order: Literal["big", "little"] = "big" if bytes(content[126:128]) == b"MI" else "little"
     left, at = most_decoded(len(content)), _MAT_HEADER
     while at + _MAT_TAG <= len(content):
         kind, size = (int.from_bytes(content[at + place : at + place + 4], order) for place in (0, 4))

@@ -3,7 +3,7 @@
 A file's footer says how large its columns are, but it is the header of each page that a decoder allocates by, and a few
 bytes of it can stand for any number of values: repeats of one long value in a dictionary, runs, compression. The
 headers (Thrift's compact protocol, ``parquet.thrift`` of the format's specification) are walked here without
-decompressing anything but small dictionaries.
+decompressing anything but dictionaries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HEADER_BYTES, _FIRST_LOOK = 2**24, 2**10  # the longest header that Arrow takes
 _DATA, _DICTIONARY, _DATA_2 = 0, 2, 3  # kinds of pages; indexes (1) have no values
 _PLAIN_DICTIONARY, _DELTA_BYTES, _RLE_DICTIONARY = 2, 7, 8  # encodings
 _CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd"}
-_SMALL = 2**24  # of a dictionary page that is looked into
+_FEW = 2**21  # values of a dictionary that is looked into; writers end one at about a megabyte
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 
 Struct = dict[int, Any]  # Thrift's field numbers to values
@@ -54,14 +54,16 @@ def decoded_bytes(file: BinaryIO, column: Any, fixed_bytes: int) -> Iterator[int
         start = column.dictionary_page_offset
     for page in _pages(file, start, start + column.total_compressed_size):
         if page.kind == _DICTIONARY:
+            yield page.plain_bytes  # first, so that one that is too large is not decompressed
             longest = width or _longest_value(file, page, column.compression)
-            yield page.plain_bytes
         elif width:
             yield page.values * width
         elif page.encoding in (_PLAIN_DICTIONARY, _RLE_DICTIONARY):
             yield page.values * (longest + 4)
         elif page.encoding == _DELTA_BYTES:
-            raise ReadingError("a column in the encoding DELTA_BYTE_ARRAY, whose size can't be foreseen; write it plain")
+            raise ReadingError(
+                "a column in the encoding DELTA_BYTE_ARRAY, whose size can't be foreseen; write it plain"
+            )
         else:
             yield page.plain_bytes + 4 * page.values
 
@@ -93,7 +95,7 @@ def _header(file: BinaryIO, start: int, end: int) -> tuple[Struct, int]:
 
 def _page(fields: Struct, at: int) -> _Page:
     kind = fields.get(1)
-    own = fields.get({_DATA: 5, _DICTIONARY: 7, _DATA_2: 8}.get(kind, 6), {})  # type: ignore[call-overload]
+    own = fields.get({_DATA: 5, _DICTIONARY: 7, _DATA_2: 8}.get(kind, 6))  # type: ignore[arg-type]
     own = own if isinstance(own, dict) else {}
     encoding = own.get(4 if kind == _DATA_2 else 2, 0)
     numbers = (kind, fields.get(2), fields.get(3), own.get(1, 0), encoding)
@@ -104,7 +106,7 @@ def _page(fields: Struct, at: int) -> _Page:
 
 def _longest_value(file: BinaryIO, page: _Page, compression: str) -> int:
     """Bytes of the longest text in a dictionary page; the page's own size where that isn't worth a look."""
-    if page.plain_bytes > _SMALL or not (compression == "UNCOMPRESSED" or compression in _CODECS):
+    if page.values > _FEW or not (compression == "UNCOMPRESSED" or compression in _CODECS):
         return page.plain_bytes
     file.seek(page.at)
     content = file.read(page.packed_bytes)
@@ -114,7 +116,7 @@ def _longest_value(file: BinaryIO, page: _Page, compression: str) -> int:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ReadingError(f"a page can't be decompressed: {error}") from error
     longest = at = 0
-    while at < len(content):
+    for _value in range(page.values):
         length = int.from_bytes(content[at : at + 4], "little")
         longest = max(longest, length)
         at += 4 + length

@@ -116,7 +116,9 @@ def _span(entry: Any) -> tuple[int, int]:
     needed = math.prod(shape) * _BITS[dtype] // 8
     start, stop = offsets
     if stop - start != needed:
-        raise ReadingError(f"{dtype} of shape {str(shape)[:80]} takes {needed:,} bytes, but {stop - start:,} are its own")
+        raise ReadingError(
+            f"{dtype} of shape {str(shape)[:80]} takes {needed:,} bytes, but {stop - start:,} are its own"
+        )
     return start, stop
 
 
