@@ -22,9 +22,8 @@ BUNDLED = "alphabet_vit"
 SAFETENSORS, NUMPY = ".safetensors", ".npz"
 # Arguments of timm.create_model that name files, addresses or other code than the model's.
 _NOT_OPTIONS = frozenset(
-    "checkpoint_path pretrained pretrained_cfg pretrained_cfg_overlay pretrained_custom_load pretrained_filter_fn "
-    "pretrained_strict cache_dir model_name exportable no_jit scriptable".split()
-)
+    ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_custom_load", "cache_dir")
+) | {"pretrained_filter_fn", "pretrained_strict", "model_name", "exportable", "no_jit", "scriptable"}
 TORCH = (".pth", ".pt", ".bin", ".tar")  # timm reads them with torch's weights_only, which builds nothing but tensors
 
 

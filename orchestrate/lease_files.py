@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import time
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 
 from pyarrow import fs
 
+from loda.reading import ReadingError, parse_json, read_bytes
 from orchestrate.storage import write_object
 
 try:
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})  # a filesystem without hard links
 
+LEASE_BYTES = 2**16
 FIRST_BEAT = f"{0:012d}"
 _BEAT_AT = len('{"beat": "')  # where the counter's digits begin: it must be the first thing in the file
 
@@ -105,9 +106,11 @@ class LocalLeaseFiles:
 
     def read(self, key: str) -> bytes | None:
         try:
-            return (self._directory / f"{key}.json").read_bytes()
+            return read_bytes(self._directory / f"{key}.json", LEASE_BYTES)
         except FileNotFoundError:
             return None
+        except ReadingError:  # no lease of ours: nobody holds it, and silence will tell
+            return b""
 
     def beat(self, key: str, token: str, slot: int, number: int) -> bool:
         os.pwrite(slot, f"{number:012d}".encode(), _BEAT_AT)
@@ -167,7 +170,7 @@ class ObjectLeaseFiles:
     def read(self, key: str) -> bytes | None:
         try:
             with self._filesystem.open_input_stream(self._path(key), compression=None) as stream:
-                return stream.read()
+                return stream.read(LEASE_BYTES)
         except FileNotFoundError:
             return None
 
@@ -198,6 +201,6 @@ class ObjectLeaseFiles:
 
 def _token(content: bytes) -> str | None:
     try:
-        return json.loads(content).get("token")
+        return parse_json(content).get("token")
     except (ValueError, AttributeError):
         return None

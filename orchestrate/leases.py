@@ -18,6 +18,7 @@ import uuid
 import weakref
 from typing import Any
 
+from loda.reading import parse_json
 from orchestrate.lease_files import FIRST_BEAT, LeaseFiles
 from orchestrate.processes import is_dead, own_process
 
@@ -103,7 +104,7 @@ class LeaseBoard:
         if content is None:
             return None
         try:
-            document = json.loads(content)
+            document = parse_json(content)
         except ValueError:  # being written right now, or its writer died over it: silence will tell
             document = {}
         return content, document if isinstance(document, dict) else {}

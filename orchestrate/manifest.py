@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from loda.errors import StageError
-from loda.state import META_FILE, Artifact, canonical_json, parse_meta
+from loda.reading import RECORD_BYTES, ReadingError, memory_bytes, parse_json
+from loda.state import META_FILE, TENSORS_FILE, Artifact, canonical_json, parse_meta
 from orchestrate.storage import MANIFEST_FILE, Entries
 
+MANIFEST_BYTES = 2**20
+_FILES = (TENSORS_FILE, META_FILE)
 _KEYS = {"key", "step", "digest", "files", "created", "writer", "sha256"}
 
 
@@ -41,17 +43,33 @@ def load_manifest(entries: Entries, key: str) -> dict[str, Any]:
     """
     try:
         # NaN, which Python reads and JSON doesn't have, would not come out of canonical_json below
-        manifest = json.loads(entries.read(key, MANIFEST_FILE), parse_constant=_refuse)
-    except ValueError as error:
+        manifest = parse_json(entries.read(key, MANIFEST_FILE, MANIFEST_BYTES), constants=False)
+        if not isinstance(manifest, dict) or set(manifest) != _KEYS:
+            raise ReadingError(f"it must have the keys {', '.join(sorted(_KEYS))}")
+        rest = {name: value for name, value in manifest.items() if name != "sha256"}
+        found = _sha256(canonical_json(rest))
+    except ValueError as error:  # a number like 1e999, too
         raise DamagedEntryError(f"{MANIFEST_FILE} can't be read: {error}") from error
-    if not isinstance(manifest, dict) or set(manifest) != _KEYS:
-        raise DamagedEntryError(f"{MANIFEST_FILE} must have the keys {', '.join(sorted(_KEYS))}")
-    rest = {name: value for name, value in manifest.items() if name != "sha256"}
-    if _sha256(canonical_json(rest)) != manifest["sha256"]:
+    if found != manifest["sha256"]:
         raise DamagedEntryError(f"{MANIFEST_FILE} differs from its own checksum")
     if manifest["key"] != key:
         raise DamagedEntryError(f"{MANIFEST_FILE} belongs to the key {manifest['key']}")
+    # A checksum can be computed by anybody: what follows is for a manifest that was not written here.
+    if not _is_description(manifest["files"]) or not all(isinstance(manifest[k], str) for k in ("step", "digest")):
+        raise DamagedEntryError(
+            f"{MANIFEST_FILE} must describe {' and '.join(_FILES)} by bytes and sha256, and no other"
+        )
     return manifest
+
+
+def _is_description(files: Any) -> bool:
+    return (
+        isinstance(files, dict)
+        and set(files) == set(_FILES)
+        and all(isinstance(file, dict) and set(file) == {"bytes", "sha256"} for file in files.values())
+        and all(type(file["bytes"]) is int and 0 <= file["bytes"] < 2**60 for file in files.values())
+        and all(isinstance(file["sha256"], str) for file in files.values())
+    )
 
 
 def load_meta(entries: Entries, key: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,16 +95,17 @@ def load_artifact(entries: Entries, key: str, manifest: Mapping[str, Any]) -> Ar
 
 
 def _load_file(entries: Entries, key: str, name: str, manifest: Mapping[str, Any]) -> bytes:
-    body, expected = entries.read(key, name), manifest["files"][name]
+    expected = manifest["files"][name]
+    try:
+        # Not a byte more than declared: a file may be larger than memory, or never end.
+        body = entries.read(key, name, min(expected["bytes"], RECORD_BYTES if name == META_FILE else memory_bytes()))
+    except ReadingError as error:
+        raise DamagedEntryError(f"{name}: {error}") from error
     if len(body) != expected["bytes"]:
         raise DamagedEntryError(f"{name} has {len(body)} bytes, expected {expected['bytes']}")
     if (found := _sha256(body)) != expected["sha256"]:
         raise DamagedEntryError(f"{name} has SHA-256 {found}, expected {expected['sha256']}")
     return body
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} isn't JSON")
 
 
 def _sha256(content: bytes) -> str:

@@ -60,7 +60,7 @@ def is_dead(process: Mapping[str, Any]) -> bool:
     Always False for processes of other hosts: nothing is known about those.
     """
     pid = process.get("pid")
-    if process.get("host") != host_identity() or not isinstance(pid, int):
+    if process.get("host") != host_identity() or not isinstance(pid, int) or not 0 < pid < 2**31:
         return False
     if not psutil.pid_exists(pid):
         return True

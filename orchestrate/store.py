@@ -14,6 +14,7 @@ from typing import Any
 from pyarrow import fs
 
 from loda.errors import StageError
+from loda.reading import ReadingError
 from loda.state import Artifact
 from orchestrate.lease_files import LeaseFiles, LocalLeaseFiles, ObjectLeaseFiles
 from orchestrate.leases import Lease, LeaseBoard, Watch
@@ -269,7 +270,7 @@ class StageStore:
             moved = self._entries.set_aside(key)
         except FileNotFoundError:
             return  # another reader was faster
-        except OSError as error:
+        except (OSError, ReadingError) as error:
             self._distrusted.add(key)
             moved = f"nowhere ({error}), ignored from now on"
         logger.warning("%s is damaged: %s; moved to %s; it will be computed again", place, reason, moved)

@@ -35,9 +35,9 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise ReadingError(f"{size:,} bytes, expected at most {limit:,}")
-        content = file.read(limit + 1)
-    if len(content) > limit:  # it grew meanwhile
-        raise ReadingError(f"more than {limit:,} bytes")
+        content = file.read(size + 1)  # not limit + 1: that much would be allocated
+    if len(content) > size:
+        raise ReadingError("it grows while it is read")
     return content
 
 
@@ -45,6 +45,11 @@ def plain_file_size(path: str | Path) -> int:
     """Bytes of a plain file; raises as :func:`read_bytes`."""
     with _open_plain(path) as file:
         return os.fstat(file.fileno()).st_size
+
+
+def memory_bytes() -> int:
+    """Of this machine: more than that is never read at once."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _open_plain(path: str | Path) -> BinaryIO:
