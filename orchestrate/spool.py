@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from loda.errors import ConfigError
+from loda.reading import ReadingError, parse_json, read_bytes
+from orchestrate.operations import checked_operation
+
+logger = logging.getLogger(__name__)
+
 Operation = dict[str, Any]
+SPOOL_BYTES = 2**30
 
 
 class Spool:
     """A queue on disk: one JSON object a line, oldest first.
 
     Args:
-        path: the file; it exists only while something waits in it.
+        path: the file; it exists only while something waits in it. Lines of another form than ours are kept beside it
+            in ``<name>-refused.jsonl``.
+
+    Raises:
+        ConfigError: the file is no plain file, or larger than a gigabyte.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.refused = path.with_name(path.stem + "-refused.jsonl")
         self._waiting = list(self._read())
         if self._waiting or path.is_file():
             self._rewrite()  # without a torn last line, which the next one would be glued to
@@ -33,11 +46,22 @@ class Spool:
     def _read(self) -> Iterator[Operation]:
         if not self.path.is_file():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines = read_bytes(self.path, SPOOL_BYTES).split(b"\n")
+        except ReadingError as error:
+            raise ConfigError(
+                f"{self.path} can't be read: {error}; move it away, and its numbers stay unsent"
+            ) from error
+        for number, line in enumerate(lines, start=1):
+            if not line:
+                continue
             try:
-                yield json.loads(line)
-            except ValueError:
-                return  # the process ended while it wrote its last line
+                yield checked_operation(parse_json(line), self.path.parent)
+            except ReadingError as error:
+                if number == len(lines):
+                    return  # the process ended while it wrote its last line
+                logger.warning("%s: line %d is not sent: %s; kept in %s", self.path, number, error, self.refused)
+                append_line(self.refused, {"reason": str(error), "line": line.decode(errors="replace")})
 
     def append(self, operation: Operation) -> None:
         """Keep an operation; it is on disk when this returns."""

@@ -36,7 +36,7 @@ class Delivery:
         self._store = store
         self._uri = redact(uri)
         self._spool = Spool(spool)
-        self._refused = spool.with_name(spool.stem + "-refused.jsonl")
+        self._refused = self._spool.refused
         self._away_until: float | None = None  # monotonic seconds; None: MLflow answers
         self._lock = threading.RLock()
 
