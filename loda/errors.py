@@ -17,5 +17,11 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+def short(value: object, most: int = 200) -> str:
+    """A value as a message shows it: long ones are cut."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
 class StageError(RuntimeError):
     """A stage could not be computed or a stored one does not check out; names the stage and the reason."""

@@ -71,8 +71,7 @@ class Parameter(BaseModel):
         low, high = self.ends()
         step = self.step or (1 if self.type == "int" else None)
         if step is not None and not self.log:
-            steps = (value - low) / step
-            if not math.isclose(steps, round(steps), abs_tol=1e-9):
+            if not _is_whole((value - low) / step):
                 return False, value
         elif self.type == "int" and value != int(value):
             return False, value
@@ -119,11 +118,14 @@ class Parameter(BaseModel):
             found.append(f"low: must be greater than 0 with log: true, but got {self.low:g}")
         if self.log and self.step is not None:
             found.append("step: can't be combined with log: true; leave one out")
-        elif self.step is not None:
-            steps = (self.high - self.low) / self.step
-            if not math.isclose(steps, round(steps), abs_tol=1e-9):
-                found.append(f"high: {self.high:g} can't be reached from low: {self.low:g} by step: {self.step:g}")
+        elif self.step is not None and not _is_whole((self.high - self.low) / self.step):
+            found.append(f"high: {self.high:g} can't be reached from low: {self.low:g} by step: {self.step:g}")
         return found
+
+
+def _is_whole(steps: float) -> bool:
+    """Whether that many steps are a whole number of them; infinitely many are not."""
+    return math.isfinite(steps) and math.isclose(steps, round(steps), abs_tol=1e-9)
 
 
 def as_list(value: Any) -> list[Any]:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from loda.errors import ConfigError
+from loda.errors import ConfigError, short
 from loda.methods import registry
 from loda.reading import DOCUMENT_BYTES, ReadingError, parse_yaml, read_bytes
 from orchestrate.parameter import Parameter, is_switch, same, shown
-from orchestrate.space_checks import name_problems, nearest, point_problems, sentences, when_problems
+from orchestrate.space_checks import name_problems, nearest, point_problems, sentences, size_problems, when_problems
 
 if TYPE_CHECKING:
     import optuna
@@ -211,21 +211,27 @@ def parse_space(values: Any, source: str) -> SearchSpace:
         raise ConfigError(f"{source}: expected a mapping with method and parameters, but got {type(values).__name__}")
     found: list[str] = []
     keys = ("description", "method", "parameters", "points")
-    found += [f"{key}: unknown key{nearest(str(key), keys)}" for key in values if key not in keys]
+    found += [f"{short(str(key))}: unknown key{nearest(str(key), keys)}" for key in values if key not in keys]
     if not isinstance(values.get("description", ""), str):
-        found.append(f"description: expected text, but got {values['description']!r}")
+        found.append(f"description: expected text, but got {short(repr(values['description']))}")
     method = values.get("method")
-    if method not in registry():
-        found.append(f"method: unknown method {method!r}{nearest(str(method), list(registry()))}")
+    if not isinstance(method, str) or method not in registry():
+        found.append(f"method: unknown method {short(repr(method))}{nearest(str(method), list(registry()))}")
     raw = values.get("parameters")
     if not isinstance(raw, Mapping) or not raw:
-        found.append(f"parameters: expected a mapping of at least one parameter, but got {raw!r}")
+        found.append(f"parameters: expected a mapping of at least one parameter, but got {short(repr(raw))}")
         raw = {}
+    points = values.get("points") or []
+    if not isinstance(points, list) or not all(isinstance(point, Mapping) for point in points):
+        found.append(f"points: expected a list of mappings from parameter to value, but got {short(repr(points))}")
+        points = []
+    if too_large := size_problems(raw, points):
+        raise ConfigError([f"{source}: {problem}" for problem in [*found, *too_large]])
     parameters: dict[str, Parameter] = {}
     for name, entry in raw.items():
         where = f"parameters.{name}"
         if not isinstance(entry, Mapping):
-            found.append(f"{where}: expected a mapping with the key type, but got {entry!r}")
+            found.append(f"{where}: expected a mapping with the key type, but got {short(repr(entry))}")
             continue
         try:
             parameter = Parameter(**{str(key): value for key, value in entry.items()})
@@ -236,10 +242,7 @@ def parse_space(values: Any, source: str) -> SearchSpace:
         problems += when_problems(parameter, parameters, [str(other) for other in raw])
         found += [f"{where}: {problem}" for problem in problems]
         parameters[str(name)] = parameter
-    points = values.get("points") or []
-    if not isinstance(points, list) or not all(isinstance(point, Mapping) for point in points):
-        found.append(f"points: expected a list of mappings from parameter to value, but got {points!r}")
-    elif not found:  # a point can only be judged by valid parameters
+    if not found:  # a point can only be judged by valid parameters
         for index, point in enumerate(points):
             found += [f"points[{index}].{problem}" for problem in point_problems(point, parameters)]
     if found:

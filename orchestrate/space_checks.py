@@ -8,7 +8,34 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from loda.errors import short
 from orchestrate.parameter import Parameter, as_list, is_switch, shown
+
+# Checks compare all with all; a search can't use more anyway.
+MOST_PARAMETERS, MOST_CHOICES, MOST_POINTS, LONGEST_NAME, MOST_POSITIONS = 200, 1000, 1000, 200, 4096
+
+
+def size_problems(raw: Mapping[Any, Any], points: Sequence[Any]) -> list[str]:
+    """What is larger than any search can use: checks would take minutes."""
+    found = []
+    if len(raw) > MOST_PARAMETERS:
+        found.append(f"parameters: {len(raw)}, expected at most {MOST_PARAMETERS}")
+    if len(points) > MOST_POINTS:
+        found.append(f"points: {len(points)}, expected at most {MOST_POINTS}")
+    positions = 1
+    for name, entry in raw.items():
+        entry = entry if isinstance(entry, Mapping) else {}
+        when, choices = entry.get("when"), entry.get("choices")
+        texts = [name, *(when if isinstance(when, Mapping) else [])]
+        if any(len(str(text)) > LONGEST_NAME for text in texts):
+            found.append(f"parameters.{short(str(name), 40)}: a name of more than {LONGEST_NAME} characters")
+        if isinstance(choices, list | tuple):
+            positions *= max(1, len(choices)) if is_switch(str(name)) else 1
+            if len(choices) > MOST_CHOICES:
+                found.append(f"parameters.{name}.choices: {len(choices)}, expected at most {MOST_CHOICES}")
+    if positions > MOST_POSITIONS:
+        found.append(f"parameters: switches with {positions} positions in all, expected at most {MOST_POSITIONS}")
+    return found
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -27,9 +54,11 @@ def sentences(error: ValidationError) -> list[str]:
             sentence = f"unknown key{nearest(key, list(Parameter.model_fields))}"
         elif key in ("choices", "when", "otherwise") and len(path) > 1:
             # One line for a value, not one for each type that it could have had.
-            sentence = f"expected plain values (numbers, text, true, false, null), but got {problem['input']!r}"
+            sentence = (
+                f"expected plain values (numbers, text, true, false, null), but got {short(repr(problem['input']))}"
+            )
         else:
-            got = "" if problem["type"] == "missing" else f", but got {problem['input']!r}"
+            got = "" if problem["type"] == "missing" else f", but got {short(repr(problem['input']))}"
             sentence = f"{problem['msg'][0].lower()}{problem['msg'][1:]}{got}"
         found.setdefault(key, f"{key}: {sentence}")
     return list(found.values())

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from loda.errors import ConfigError
+from loda.errors import ConfigError, short
 from loda.reading import DOCUMENT_BYTES, ReadingError, parse_yaml, read_bytes
 from loda.settings import RunSettings, Section, Seed
 from orchestrate.order_settings import LATER_KEYS, OrderSettings
@@ -214,7 +214,7 @@ def _sentences(error: ValidationError, values: Any, source: str) -> list[str]:
     found = []
     for problem in error.errors():
         path = tuple(problem["loc"])
-        where = ".".join(str(part) for part in path)
+        where = short(".".join(str(part) for part in path))
         if problem["type"] == "extra_forbidden":
             known = _known_keys(path, values)
             near = difflib.get_close_matches(str(path[-1]), known, n=1)
@@ -222,7 +222,7 @@ def _sentences(error: ValidationError, values: Any, source: str) -> list[str]:
             found.append(f"{source}: {where}: unknown key; {hint}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            got = "" if problem["type"] in ("value_error", "missing") else f", but got {problem['input']!r}"
+            got = "" if problem["type"] in ("value_error", "missing") else f", but got {short(repr(problem['input']))}"
             found.append(f"{source}: {where + ': ' if where else ''}{message[0].lower() + message[1:]}{got}")
     return found
 

@@ -107,7 +107,8 @@ def parse_yaml(content: bytes | str) -> Any:
             loader.dispose()
     except ReadingError:
         raise
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # bytes that are no text, int("0x")
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        # PyYAML's own errors, and what its constructors raise on "!!bool maybe", 0x and the like
         raise ReadingError(f"not valid YAML: {error}") from error
 
 
