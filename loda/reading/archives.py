@@ -63,8 +63,8 @@ def _check_array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
         raise ReadingError(
             f"{entry.filename!r} holds Python objects, which would have to be unpickled; expected numbers"
         )
-    if math.prod(shape) * kind.itemsize > entry.file_size:
-        raise ReadingError(f"{entry.filename!r} declares the shape {str(shape)[:80]}, more than it holds")
+    if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize > entry.file_size:
+        raise ReadingError(f"{entry.filename!r} declares the shape {str(shape)[:80]}, which isn't what it holds")
 
 
 @contextmanager

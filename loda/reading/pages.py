@@ -19,7 +19,7 @@ from loda.reading.plain import ReadingError
 _HEADER_BYTES, _FIRST_LOOK = 2**24, 2**10  # the longest header that Arrow takes; what holds nearly every one
 _DATA, _DICTIONARY, _DATA_2 = 0, 2, 3  # kinds of pages; indexes (1) have no values
 _PLAIN_DICTIONARY, _DELTA_BYTES, _RLE_DICTIONARY = 2, 7, 8  # encodings
-_CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd"}
+_CODECS = {"SNAPPY": "snappy", "GZIP": "gzip", "BROTLI": "brotli", "ZSTD": "zstd", "LZ4": "lz4_raw"}
 _FEW = 2**21  # values of a dictionary that is looked into; writers end one at about a megabyte
 _WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 
@@ -114,6 +114,8 @@ def _longest_value(file: BinaryIO, page: _Page, compression: str) -> int:
         try:
             content = pa.Codec(_CODECS[compression]).decompress(content, page.plain_bytes, asbytes=True)
         except (pa.ArrowException, OSError, ValueError) as error:
+            if compression == "LZ4":  # Hadoop's older form of it goes by the same name
+                return page.plain_bytes
             raise ReadingError(f"a page can't be decompressed: {error}") from error
     longest = at = 0
     for _value in range(page.values):

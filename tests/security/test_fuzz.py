@@ -108,36 +108,8 @@ def test_any_bytes(folder: Path, content: bytes) -> None:
         refused_or_read(lambda parse=parse: parse(content), ReadingError)  # type: ignore[misc]
 
 
-_SIGNS = [
-    "- ",
-    ": ",
-    "\n",
-    "\n  ",
-    "[",
-    "]",
-    "{",
-    "}",
-    ", ",
-    "? ",
-    "&a ",
-    "*a",
-    "<<: ",
-    "> ",
-    "# ",
-    "---\n",
-    "%YAML 9.9\n",
-    "a",
-    "lr",
-    "tune",
-    "''",
-    "=",
-    "~",
-    "\t",
-    "\x00",
-    "\ufeff",
-    "_",
-    "+",
-]
+_SIGNS = ["- ", ": ", "\n", "\n  ", "[", "]", "{", "}", ", ", "? ", "&a ", "*a", "<<: ", "> ", "| ", "# ", "---\n"]
+_PLAIN = ["a", "lr", "tune", "''", "=", "~", "\t", "\x00", "\ufeff", "_", "+", "%YAML 9.9\n"]
 _TAGS = ["int", "float", "bool", "null", "seq", "set", "binary", "timestamp", "merge", "python/object/apply:os.system"]
 _NUMBERS = ["1:2:3", "1:99.5", "1e999", ".nan", "-.inf", "2024-13-45", "0o9", "0b", "1_000"]
 _TEXTS = ['"\\ud800"', '"\\U00110000"', "2024-01-01 25:00:00", "9" * 5000, "0x" + "f" * 900, "!x ", "!<", "| "]
