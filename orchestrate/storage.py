@@ -148,8 +148,9 @@ class LocalEntries:
                 place.mkdir()  # claims the number; a rename may replace an empty directory
             except FileExistsError:
                 continue
+            entry = self.root / key[:2] / key
             try:
-                (self.root / key[:2] / key).rename(place)
+                entry.rename(place / "link" if entry.is_symlink() else place)  # only a directory can replace one
             except BaseException:
                 place.rmdir()
                 raise
