@@ -104,7 +104,7 @@ def _refused(constant: str) -> None:
 
 def _check_depth(value: Any) -> None:
     layer = [value]
-    for _level in range(DEPTH + 1):
+    for _level in range(DEPTH):
         inner: list[Any] = []
         for item in layer:
             children = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
