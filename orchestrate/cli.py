@@ -14,6 +14,7 @@ from orchestrate.cli_input import Json, NameArgument, NoSharing, Set, StudyArgum
 from orchestrate.cli_input import load_changed as _load
 from orchestrate.cli_input import print_json as _print
 from orchestrate.cli_input import run_folder as _run_folder
+from orchestrate.redaction import guard_logs, redact
 
 
 def _stdout_is_ours() -> contextlib.AbstractContextManager[Any]:
@@ -138,9 +139,10 @@ __all__ = ["app", "cli_data", "cli_launch", "cli_results", "main"]
 
 def main() -> None:
     """Entry point: bad input ends with exit code 2 and no traceback, a failed study with 1, Ctrl-C with 130."""
+    guard_logs()
     errors = Console(stderr=True)
     words = [word for word in sys.argv[1:] if word != "--json"]
-    again = " ".join(["orchestrate", *words])
+    again = redact(" ".join(["orchestrate", *words]))
     try:
         app()
     except ConfigError as error:
@@ -158,7 +160,7 @@ def main() -> None:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+    return redact(text).replace("[", r"\[")
 
 
 if __name__ == "__main__":

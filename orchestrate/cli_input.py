@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loda.errors import ConfigError
+from orchestrate.redaction import redact
 
 if TYPE_CHECKING:
     from orchestrate.study import Study
@@ -78,4 +79,4 @@ def run_folder(name: str | None) -> Path:
 
 def print_json(values: Any) -> None:
     """The one document of ``--json``."""
-    typer.echo(json.dumps(values, indent=1, default=str))
+    typer.echo(redact(json.dumps(values, indent=1, default=str)))

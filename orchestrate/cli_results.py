@@ -120,17 +120,19 @@ def ui(
     """
     from orchestrate.catalogue import experiment_of
     from orchestrate.processes import serve
+    from orchestrate.redaction import expand, redact
     from orchestrate.tracking_uri import tracking_uri, ui_command, ui_environment, ui_url
 
-    store = tracking_uri(uri, Path.cwd())
+    store = tracking_uri(uri if uri is None else expand(uri, "--uri"), Path.cwd())
     command = ui_command(store, port)
-    experiment = experiment_of(study, store)
+    experiment = experiment_of(study, uri or store)
     page = ui_url(port, experiment) if experiment else f"http://127.0.0.1:{port}"
     typer.echo(f"{page}\n(Ctrl-C stops the server)", err=True)
     if dry_run:
-        typer.echo(" ".join(command))
+        hidden = "" if store in command else f"MLFLOW_BACKEND_STORE_URI='{redact(uri or store)}' "
+        typer.echo(hidden + " ".join(command))
         return
-    raise typer.Exit(serve(command, os.environ | ui_environment()))
+    raise typer.Exit(serve(command, os.environ | ui_environment(store)))
 
 
 @app.command()

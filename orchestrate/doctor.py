@@ -54,9 +54,10 @@ def examine(study: Study) -> dict[str, Any]:
         return study.resources.store
 
     def mlflow_answers() -> str:
-        from orchestrate.tracking_uri import redact, tracking_uri
+        from orchestrate.redaction import redact
+        from orchestrate.tracking_uri import tracking_uri
 
-        uri = tracking_uri(study.tracking.uri, Path.cwd())
+        uri = study.tracking.uri or tracking_uri(None, Path.cwd())
         if study.tracking.uri is not None:
             from orchestrate.tracking import Tracker
 

@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from orchestrate.redaction import redact
+
 
 class StudyProgress:
     """One bar over all stages; lines for trials that ended. On a pipe it prints the lines only.
@@ -51,7 +53,7 @@ class StudyProgress:
 
     def line(self, text: str) -> None:
         """A line above the bar."""
-        self.progress.console.print(text, highlight=False)
+        self.progress.console.print(redact(text), highlight=False)
 
     def __enter__(self) -> StudyProgress:
         self.progress.start()

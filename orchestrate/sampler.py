@@ -12,6 +12,7 @@ import sqlalchemy.exc
 from optuna.trial import FrozenTrial
 
 from loda.errors import ConfigError
+from orchestrate.redaction import redact
 from orchestrate.study import SearchSettings
 
 
@@ -95,4 +96,6 @@ def open_storage(storage: str | Path) -> optuna.storages.RDBStorage:
         return optuna.storages.RDBStorage(url)
     except (OSError, RuntimeError, ImportError, sqlalchemy.exc.SQLAlchemyError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"Optuna's storage {url} can't be opened: {reason}; give a writable folder or URL") from error
+        raise ConfigError(
+            f"Optuna's storage {redact(url)} can't be opened: {redact(reason)}; give a writable folder or URL"
+        ) from error

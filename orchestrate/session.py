@@ -19,6 +19,7 @@ from loda.workbench import Workbench, canonical_digest, open_workbench
 from orchestrate.cluster import resource_problems
 from orchestrate.objective import objective_directions
 from orchestrate.orders import OrderPlan, design_class_orders, design_orders
+from orchestrate.redaction import redact, secrets_in
 from orchestrate.sampler import search_problems
 from orchestrate.similarity import FILE as SIMILARITY_FILE
 from orchestrate.similarity import TaskSimilarity, task_similarity
@@ -102,7 +103,7 @@ def open_session(study: Study, *, search: bool) -> Session:
     Raises:
         ConfigError: every problem at once.
     """
-    problems = resource_problems(study)
+    problems = [*resource_problems(study), *secrets_in(study.resolved())]
     study = absolute_study(study)
     space = None
     if search:
@@ -251,8 +252,8 @@ def read_run_study(folder: Path) -> Study:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: temporary file, fsync, rename."""
-    data = content.encode() if isinstance(content, str) else content
+    """Replace a file in one step: temporary file, fsync, rename. Texts are written without secrets."""
+    data = redact(content).encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as stream:
         stream.write(data)

@@ -21,6 +21,7 @@ from pyarrow import fs
 from loda.errors import ConfigError
 from loda.reading import ReadingError, inside, read_bytes
 from orchestrate.processes import host_identity
+from orchestrate.redaction import expand, redact
 
 MANIFEST_FILE = "manifest.json"
 NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -77,11 +78,14 @@ def open_filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
     if "://" not in str(uri):
         return fs.LocalFileSystem(), str(Path(uri).absolute())
     try:
-        filesystem, path = fs.FileSystem.from_uri(str(uri))
+        filesystem, path = fs.FileSystem.from_uri(expand(str(uri), "resources.store"))
+    except ConfigError:
+        raise
     except (ValueError, OSError) as error:  # pyarrow's ArrowInvalid is a ValueError
+        reason = redact(str(error))
         raise ConfigError(
-            f"store {uri}: expected a path or a file://, s3://, gs:// or hdfs:// URI ({error})"
-        ) from error
+            f"store {redact(str(uri))}: expected a path or a file://, s3://, gs:// or hdfs:// URI ({reason})"
+        ) from None
     return filesystem, path.rstrip("/")
 
 

@@ -19,6 +19,7 @@ from loda.state import Artifact
 from orchestrate.lease_files import LeaseFiles, LocalLeaseFiles, ObjectLeaseFiles
 from orchestrate.leases import Lease, LeaseBoard, Watch
 from orchestrate.manifest import DamagedEntryError, load_artifact, load_manifest, load_meta, make_manifest
+from orchestrate.redaction import redact
 from orchestrate.storage import (
     MANIFEST_FILE,
     NO_SPACE_ERRORS,
@@ -203,7 +204,9 @@ class StageStore:
                 lease = self._leases.try_acquire(key, owner)
                 holder = None if lease else self._leases.evict_if_dead(key, watch)
             except OSError as error:
-                raise StageError(f"store {self.uri}: the lease on stage {key} can't be written: {error}") from error
+                raise StageError(
+                    f"store {redact(self.uri)}: the lease on stage {key} can't be written: {error}"
+                ) from error
             if lease is not None:
                 if not self.has(key):  # its last holder may have stored it between the two questions
                     return lease

@@ -26,9 +26,16 @@ from loda.errors import ConfigError, short
 from loda.reading import DOCUMENT_BYTES, ReadingError, parse_yaml, read_bytes
 from loda.settings import RunSettings, Section, Seed
 from orchestrate.order_settings import LATER_KEYS, OrderSettings
+from orchestrate.redaction import literal_secret
 from orchestrate.robustness.settings import RobustnessSettings
 
 DEFAULT_STUDY = "alphabets"
+
+
+def _without_secret(uri: str) -> str:
+    if problem := literal_secret(uri):
+        raise ValueError(problem)
+    return uri
 
 
 class ObjectiveSettings(Section):
@@ -95,13 +102,23 @@ class ResourceSettings(Section):
     sharing: bool = Field(True, description="false: every order of every setting computes all of its own steps")
     max_failures: NonNegativeInt = Field(1, description="how often workers that died over an order start again")
 
+    @field_validator("store", "address")
+    @classmethod
+    def _no_secret(cls, uri: str | None) -> str | None:
+        return uri if uri is None else _without_secret(uri)
+
 
 class TrackingSettings(Section):
     """MLflow."""
 
-    uri: str | None = Field(None, description="null: sqlite:///mlflow.db in the working directory")
+    uri: str | None = Field(None, description="null: sqlite:///mlflow.db here; ${NAME}: from the environment")
     experiment: str | None = Field(None, description="null: the study's name")
     register_model: bool = True
+
+    @field_validator("uri")
+    @classmethod
+    def _no_secret(cls, uri: str | None) -> str | None:
+        return uri if uri is None else _without_secret(uri)
 
 
 class Study(RunSettings):

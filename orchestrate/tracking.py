@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 
 from orchestrate.figures import accuracy_heatmap
 from orchestrate.measurements import flat_params, git_commit, metric_name, software, system_metrics
+from orchestrate.redaction import expand, redact
 from orchestrate.tracking_delivery import Delivery
 from orchestrate.tracking_open import open_experiment
 from orchestrate.tracking_store import METRICS_PER_CALL, RunStore
-from orchestrate.tracking_uri import is_server, redact, tracking_uri, ui_url
+from orchestrate.tracking_uri import is_server, tracking_uri, ui_url
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -64,10 +65,11 @@ class Tracker:
         Raises:
             ConfigError: the store can't be used; within seconds, naming it and what to do.
         """
-        address = tracking_uri(uri, cwd)
+        address = tracking_uri(uri if uri is None else expand(uri, "tracking.uri"), cwd)
         client, experiment_id = open_experiment(address, experiment, cwd)
         file = spool or cwd / "mlflow-waiting.jsonl"
-        tracker = cls(RunStore(client, experiment_id), address, cwd.absolute(), file.absolute())
+        shown = address if uri is None else uri  # as it was written, ${NAME} and all
+        tracker = cls(RunStore(client, experiment_id), shown, cwd.absolute(), file.absolute())
         tracker._delivery.flush()
         return tracker
 
@@ -81,7 +83,8 @@ class Tracker:
 
     def page(self, port: int) -> str:
         """The experiment's web page: on the server, or on ``port`` of this machine once the page is started there."""
-        return ui_url(self.uri if is_server(self.uri) else port, self.experiment_id)
+        uri = expand(self.uri, "tracking.uri")
+        return ui_url(uri if is_server(uri) else port, self.experiment_id)
 
     def study_run(
         self, study_name: str, study_digest: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None

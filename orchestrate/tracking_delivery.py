@@ -10,9 +10,9 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from orchestrate.redaction import redact
 from orchestrate.spool import Operation, Spool, append_line
 from orchestrate.tracking_store import MlflowException, RunStore
-from orchestrate.tracking_uri import redact
 
 logger = logging.getLogger(__name__)
 

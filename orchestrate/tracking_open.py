@@ -12,8 +12,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from loda.errors import ConfigError
+from orchestrate.redaction import redact
 from orchestrate.tracking_store import MlflowClient, MlflowException
-from orchestrate.tracking_uri import is_server, redact
+from orchestrate.tracking_uri import is_server
 
 PROBE_SECONDS = 5
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}

@@ -1,24 +1,15 @@
-"""MLflow's addresses: the default store, what may be shown of a URI, and the web page. Importing it is cheap."""
+"""MLflow's addresses: the default store and the web page. Importing it is cheap."""
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from urllib.parse import quote, urlencode, urlsplit
 
 from loda.errors import ConfigError
+from orchestrate.redaction import literal_secret, redact
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-_USER_PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^/\s'\"]+@")
-_SECRET_QUERY = re.compile(
-    r"([?&;][^=&\s]*(?:password|passwd|pwd|token|secret|(?:api|access)[_-]?key|signature)=)[^&\s'\"]+", re.I
-)
-
-
-def redact(text: str) -> str:
-    """The text with the passwords of all URIs in it replaced by ``***``: user information and query values."""
-    return _SECRET_QUERY.sub(r"\1***", _USER_PASSWORD.sub(r"\1:***@", text))
 
 
 def tracking_uri(uri: str | None, cwd: Path) -> str:
@@ -52,13 +43,16 @@ def ui_command(uri: str, port: int) -> list[str]:
     if is_server(uri):
         raise ConfigError(f"tracking.uri: {redact(uri)} is a server already; open it in the browser")
     address = ["--host", "127.0.0.1", "--port", str(port)]
+    # Everybody on this machine can read a process's command line: an address with a password goes by the environment.
+    store = [] if literal_secret(uri) else ["--backend-store-uri", uri]
     # One process, since one person looks; the artifacts are absolute paths that it reads by itself.
-    return [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, *address, "--workers", "1"]
+    return [sys.executable, "-m", "mlflow", "server", *store, *address, "--workers", "1"]
 
 
-def ui_environment() -> dict[str, str]:
-    """Environment variables to add when starting :func:`ui_command`: no telemetry, no job runner."""
-    return {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+def ui_environment(uri: str | None = None) -> dict[str, str]:
+    """Environment variables to add when starting :func:`ui_command`: no telemetry, no job runner, the store."""
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return quiet if uri is None else {**quiet, "MLFLOW_BACKEND_STORE_URI": uri}
 
 
 def ui_url(

@@ -19,6 +19,7 @@ from loda.settings import RunSettings
 from loda.stage import run_step
 from loda.state import Artifact
 from loda.workbench import Workbench, canonical_digest, open_workbench
+from orchestrate.redaction import guard_logs
 from orchestrate.reports import TrialLedger
 from orchestrate.step_memory import StepMemory
 from orchestrate.store import StageStore
@@ -210,6 +211,7 @@ def _event(order: str, stage: list[StepNode], walker: Walker) -> dict[str, Any]:
 
 def open_work(payload: Mapping[str, Any]) -> tuple[Study, StageStore]:
     """The study and the store that a payload names (:meth:`orchestrate.session.Session.payload`)."""
+    guard_logs()
     study = parse_study(payload["study"], "the study of this trial")
     return study, StageStore(payload["store"], writer={"torch": torch.__version__})
 
