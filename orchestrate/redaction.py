@@ -50,7 +50,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def secret_values(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Secrets of the environment by name: values of 6 characters or more that are no paths of files here."""
+    """Secrets of the environment by name: values of 6 characters or more that are no absolute paths of files here."""
     values = os.environ if environment is None else environment
     return {name: value for name, value in values.items() if is_secret_name(name) and _is_secret_value(value)}
 
@@ -60,7 +60,7 @@ def _is_secret_value(value: str) -> bool:
     if len(value) < _SHORTEST or value.lower() in _WORDS:
         return False
     try:
-        return not Path(value).exists()  # where a secret lies is none
+        return not (Path(value).is_absolute() and Path(value).exists())  # where a secret lies is none
     except (OSError, ValueError):  # too long for a path, or with a zero in it
         return True
 

@@ -19,8 +19,9 @@ from mlflow import MlflowClient
 from loda.errors import ConfigError
 from loda.settings import RunSettings
 from orchestrate import tracking_delivery
+from orchestrate.redaction import redact
 from orchestrate.tracking import Tracker
-from orchestrate.tracking_uri import is_server, redact, tracking_uri, ui_command, ui_environment
+from orchestrate.tracking_uri import is_server, tracking_uri, ui_command, ui_environment
 from tests.orchestrate.tracked import PARAMS, Learned, assert_complete, learn_two_orders, log_order, log_study
 
 
