@@ -203,7 +203,7 @@ def test_passwords_reach_neither_parameters_nor_files(
         tracker.log_setup(study, f"tracking:\n  uri: {secret}\n")
         tracker.log_data(study, "images", "0" * 64, secret)
     run = runs_of(tracker)["shapes"]
-    assert run.data.params["tracking.uri"] == "http://me:***@host:5000/x?token=***"
+    assert run.data.params["tracking.uri"] == "http://***@host:5000/x?token=***"
     assert run.inputs is not None
     stored = [run.data.tags["where"], run.inputs.dataset_inputs[0].dataset.source]
     yaml_file = MlflowClient(tracker.uri).download_artifacts(run.info.run_id, "study.yaml", str(tmp_path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,17 @@ def test_a_size_larger_than_the_file_allocates_nothing(
 ) -> None:
     reseal(entry, _size(2**50))
     assert_damage(store, caplog, f"expected {2**50}")
+
+
+def test_a_file_larger_than_memory_is_not_read(
+    store: StageStore, entry: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrate.manifest.memory_bytes", lambda: 10**8)  # a small machine
+    reseal(entry, _size(2**34))
+    os.truncate(entry / TENSORS_FILE, 2**34)  # takes no space
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert_damage(store, caplog, "bytes")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
 
 
 @pytest.mark.parametrize(
