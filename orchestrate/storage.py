@@ -19,13 +19,12 @@ import psutil
 from pyarrow import fs
 
 from loda.errors import ConfigError
-from loda.reading import ReadingError, inside, read_bytes
+from loda.reading import inside, read_bytes, read_stream
 from orchestrate.processes import host_identity
 from orchestrate.redaction import expand, redact
 
 MANIFEST_FILE = "manifest.json"
 NO_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_PART_BYTES = 2**26
 _KEY = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{64}-([0-9a-f]{8})-(\d+)-[0-9a-f]{32}\.tmp")
 
@@ -232,13 +231,7 @@ class ObjectEntries:
 
     def read(self, key: str, name: str, limit: int) -> bytes:
         with self.filesystem.open_input_stream(f"{self.place(key)}/{name}", compression=None) as stream:
-            parts = [b""]
-            while part := stream.read(_PART_BYTES):  # a read allocates what it asks for
-                parts.append(part)
-                limit -= len(part)
-                if limit < 0:
-                    raise ReadingError("more bytes than expected")
-        return b"".join(parts)
+            return read_stream(stream, limit)
 
     def has_remains(self, key: str) -> bool:
         return False  # files without a manifest belong to a writer at work, or to one that died: both are overwritten

@@ -16,6 +16,7 @@ from loda.reading.plain import (
     plain_name,
     read_bytes,
     read_json,
+    read_stream,
     relative_name,
 )
 from loda.reading.tables import parquet_schema, read_frame, read_parquet
@@ -41,6 +42,7 @@ __all__ = [
     "read_frame",
     "read_json",
     "read_parquet",
+    "read_stream",
     "read_yaml",
     "relative_name",
 ]

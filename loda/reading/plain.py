@@ -13,6 +13,7 @@ DOCUMENT_BYTES = 2**20  # what a person writes: studies, search spaces, lists of
 RECORD_BYTES = 2**26  # what a study writes about itself: summaries, plans, facts of a stage
 DEPTH = 64  # brackets inside brackets; our own records have six
 _DIGITS = 39  # of a whole number: 128 bits, more than any seed
+_PART_BYTES = 2**26
 _LONGEST_NAME = 255  # bytes, of nearly every filesystem
 
 
@@ -39,6 +40,21 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     if len(content) > size:
         raise ReadingError("it grows while it is read")
     return content
+
+
+def read_stream(stream: Any, limit: int) -> bytes:
+    """What is left in an open stream, at most ``limit`` bytes.
+
+    Raises:
+        ReadingError: there are more.
+    """
+    parts, left = [b""], limit
+    while part := stream.read(_PART_BYTES):  # a read allocates what it asks for, so not limit + 1
+        parts.append(part)
+        left -= len(part)
+        if left < 0:
+            raise ReadingError(f"more than {limit:,} bytes")
+    return b"".join(parts)
 
 
 def plain_file_size(path: str | Path) -> int:
