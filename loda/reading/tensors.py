@@ -13,6 +13,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from loda.errors import short
 from loda.reading.plain import ReadingError, plain_file_size
 
 HEADER_BYTES = 2**24  # a hundred thousand tensors take half of it
@@ -31,7 +32,8 @@ def parse_safetensors(content: bytes) -> dict[str, Tensor]:
     Raises:
         ReadingError: not safetensors (a pickle is named as such), or a header that doesn't fit the content.
     """
-    _check_header(content[:_LENGTH], content[_LENGTH : _LENGTH + HEADER_BYTES], len(content))
+    first = content[:_LENGTH]
+    _check_header(first, content[_LENGTH : _LENGTH + _header_bytes(first)], len(content))
     try:
         return safetensors.torch.load(content)
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
@@ -47,11 +49,17 @@ def load_safetensors(path: str | Path) -> dict[str, Tensor]:
     """
     size = plain_file_size(path)
     with Path(path).open("rb") as file:
-        _check_header(file.read(_LENGTH), file.read(HEADER_BYTES), size)
+        first = file.read(_LENGTH)
+        _check_header(first, file.read(_header_bytes(first)), size)
     try:
         return safetensors.torch.load_file(os.fspath(path))
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ReadingError(f"not readable as safetensors: {error}") from error
+
+
+def _header_bytes(first: bytes) -> int:
+    """How much to read for the header: what it declares, within bounds; one byte tells safetensors from other files."""
+    return min(max(int.from_bytes(first, "little"), 1), HEADER_BYTES)
 
 
 def _check_header(first: bytes, rest: bytes, size: int) -> None:
@@ -59,7 +67,7 @@ def _check_header(first: bytes, rest: bytes, size: int) -> None:
 
     Args:
         first: its first 8 bytes.
-        rest: what follows, at least as far as the longest header goes.
+        rest: what follows, as far as :func:`_header_bytes` says.
         size: of the file.
     """
     length = int.from_bytes(first, "little")
@@ -87,8 +95,7 @@ def _check_header(first: bytes, rest: bytes, size: int) -> None:
         try:
             spans.append(_span(entry))
         except ReadingError as error:
-            shown = name if len(name) <= 80 else f"{name[:80]}..."
-            raise ReadingError(f"tensor {shown!r}: {error}") from error
+            raise ReadingError(f"tensor {short(name, 80)!r}: {error}") from error
     end = 0
     for start, stop in sorted(spans):
         if start != end:
