@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from pyarrow import fs
 
 from loda.reading import ReadingError, parse_json, read_bytes
-from orchestrate.storage import write_object
+from orchestrate.object_entries import write_object
 
 try:
     import fcntl

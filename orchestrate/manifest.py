@@ -10,7 +10,7 @@ from typing import Any
 from loda.errors import StageError
 from loda.reading import RECORD_BYTES, ReadingError, memory_bytes, parse_json
 from loda.state import META_FILE, TENSORS_FILE, Artifact, canonical_json, parse_meta
-from orchestrate.storage import MANIFEST_FILE, Entries
+from orchestrate.entries import MANIFEST_FILE, Entries
 
 MANIFEST_BYTES = 2**20
 _FILES = (TENSORS_FILE, META_FILE)

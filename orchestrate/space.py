@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from loda.errors import ConfigError, short
 from loda.methods import registry
-from loda.reading import DOCUMENT_BYTES, ReadingError, parse_yaml, read_bytes
+from loda.reading import ReadingError, parse_yaml, read_yaml
 from orchestrate.parameter import Parameter, is_switch, same, shown
 from orchestrate.space_checks import name_problems, nearest, point_problems, sentences, size_problems, when_problems
 
@@ -195,7 +195,7 @@ def load_space(source: str | Path) -> SearchSpace:
             f"search.space: no search space or file {name!r}{nearest(name, known)} (bundled: {', '.join(known)})"
         )
     try:
-        values = parse_yaml(read_bytes(path, DOCUMENT_BYTES) if text is None else text)
+        values = read_yaml(path) if text is None else parse_yaml(text)
     except (ReadingError, OSError) as error:
         raise ConfigError(f"{name}: {error}") from error
     return parse_space(values, name)

@@ -16,18 +16,12 @@ from pyarrow import fs
 from loda.errors import StageError
 from loda.reading import ReadingError
 from loda.state import Artifact
+from orchestrate.entries import MANIFEST_FILE, Entries
 from orchestrate.lease_files import LeaseFiles, LocalLeaseFiles, ObjectLeaseFiles
 from orchestrate.leases import Lease, LeaseBoard, Watch
 from orchestrate.manifest import DamagedEntryError, load_artifact, load_manifest, load_meta, make_manifest
 from orchestrate.redaction import redact
-from orchestrate.storage import (
-    MANIFEST_FILE,
-    NO_SPACE_ERRORS,
-    Entries,
-    LocalEntries,
-    open_entries,
-    open_filesystem,
-)
+from orchestrate.storage import NO_SPACE_ERRORS, LocalEntries, open_entries, open_filesystem
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from loda.errors import ConfigError, short
-from loda.reading import DOCUMENT_BYTES, ReadingError, parse_yaml, read_bytes
+from loda.reading import ReadingError, parse_yaml, read_yaml
 from loda.settings import RunSettings, Section, Seed
 from orchestrate.order_settings import LATER_KEYS, OrderSettings
 from orchestrate.redaction import literal_secret
@@ -284,7 +284,7 @@ def load_study(source: str | Path | None = None) -> Study:
         known = ", ".join(bundled_studies())
         raise ConfigError(f"no study file {name!r}; {hint}Give a YAML file or one of the bundled studies ({known})")
     try:
-        values = parse_yaml(read_bytes(path, DOCUMENT_BYTES) if text is None else text)
+        values = read_yaml(path) if text is None else parse_yaml(text)
     except (ReadingError, OSError) as error:
         raise ConfigError(f"{name}: {error}") from error
     return parse_study(values if values is not None else {}, name)

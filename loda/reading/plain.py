@@ -9,6 +9,8 @@ import stat
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
+from loda.errors import short
+
 DOCUMENT_BYTES = 2**20  # what a person writes: studies, search spaces, lists of orders
 RECORD_BYTES = 2**26  # what a study writes about itself: summaries, plans, facts of a stage
 DEPTH = 64  # brackets inside brackets; our own records have six
@@ -143,7 +145,7 @@ def plain_name(name: Any) -> str:
         or any(character in "/\\" or ord(character) < 32 for character in name)
         or len(name.encode("utf-8", "replace")) > _LONGEST_NAME
     ):
-        raise ReadingError(f"{_short(name)} is no plain file name (one part of a path, no separators)")
+        raise ReadingError(f"{short(repr(name), 80)} is no plain file name (one part of a path, no separators)")
     return name
 
 
@@ -154,12 +156,12 @@ def relative_name(name: Any) -> str:
         ReadingError: absolute, with ``..``, or no path at all.
     """
     if not isinstance(name, str) or not name or PurePosixPath(name).is_absolute():
-        raise ReadingError(f"{_short(name)} is no path inside its folder")
+        raise ReadingError(f"{short(repr(name), 80)} is no path inside its folder")
     for part in PurePosixPath(name).parts:
         try:
             plain_name(part)
         except ReadingError:
-            raise ReadingError(f"{_short(name)} is no path inside its folder") from None
+            raise ReadingError(f"{short(repr(name), 80)} is no path inside its folder") from None
     return name
 
 
@@ -173,8 +175,3 @@ def inside(root: str | Path, path: str | Path) -> Path:
     if not Path(real).is_relative_to(os.path.realpath(root)):
         raise ReadingError(f"{str(path)!r} leads out of {str(root)!r}, to {real!r}")
     return Path(path)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

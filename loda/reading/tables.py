@@ -62,14 +62,11 @@ def read_frame(path: str | Path) -> pd.DataFrame:
     return read_parquet(path).to_pandas()
 
 
-def _limits() -> dict[str, int]:
-    return {"thrift_string_size_limit": _FOOTER_BYTES, "thrift_container_size_limit": _FOOTER_ITEMS}
-
-
 def _open(path: str | Path) -> tuple[pq.ParquetFile, int]:
     bound = most_decoded(plain_file_size(path))
     try:
-        return pq.ParquetFile(path, **_limits()), bound
+        limits = {"thrift_string_size_limit": _FOOTER_BYTES, "thrift_container_size_limit": _FOOTER_ITEMS}
+        return pq.ParquetFile(path, **limits), bound
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ReadingError(f"not readable as Parquet: {error}") from error
 

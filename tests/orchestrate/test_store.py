@@ -12,7 +12,7 @@ from pyarrow import fs
 
 from loda.state import META_FILE, TENSORS_FILE, Artifact
 from orchestrate import storage
-from orchestrate.storage import MANIFEST_FILE
+from orchestrate.entries import MANIFEST_FILE
 from orchestrate.store import StageStore
 
 KEY, OTHER = "ab" * 32, "cd" * 32

@@ -17,8 +17,8 @@ from pyarrow import fs
 
 from loda.errors import ConfigError
 from loda.state import META_FILE, TENSORS_FILE, Artifact, canonical_json
+from orchestrate.entries import MANIFEST_FILE
 from orchestrate.manifest import MANIFEST_BYTES
-from orchestrate.storage import MANIFEST_FILE
 from orchestrate.store import StageStore
 from tests.security.hostile import armed_pickle, safetensors_bytes, tensor
 
